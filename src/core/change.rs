@@ -1,0 +1,159 @@
+//! Changes: what the change log holds and links carry.
+//!
+//! A change is one atomic group of writes by one actor: consecutive dots, applied together or
+//! not at all. It carries the frontier that its origin had when it was committed, and a receiver
+//! applies it only when its own frontier covers that; so every frontier is a causally closed cut.
+
+use bytes::Bytes;
+
+use crate::{
+    codec::{DecodeError, Reader, Writer},
+    hlc::HybridTime,
+    id::{Actor, Dot},
+    record::{Content, Delta, Sibling},
+    vector::{VersionVector, decode_actor, decode_dot, encode_actor, encode_dot},
+};
+
+/// Consecutive writes of one actor that are applied together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// Who wrote.
+    pub actor: Actor,
+    /// The dot of the first delta; the others follow without a gap.
+    pub first_seq: u64,
+    /// What the origin had applied before this change, its own earlier events included.
+    pub depends_on: VersionVector,
+    /// At least one.
+    pub deltas: Vec<Delta>,
+}
+
+const CHANGE_VERSION: u8 = 1;
+
+impl Change {
+    /// The dot of the last delta.
+    pub fn last(&self) -> Dot {
+        let seq = self.first_seq + self.deltas.len().saturating_sub(1) as u64;
+        Dot { actor: self.actor, seq }
+    }
+
+    /// The latest time among the deltas.
+    pub fn time(&self) -> HybridTime {
+        self.deltas.iter().map(|delta| delta.sibling.time).max().unwrap_or(HybridTime::ZERO)
+    }
+
+    /// The encoding, with its format version.
+    pub fn to_bytes(&self) -> Bytes {
+        let bytes = |delta: &Delta| match &delta.sibling.content {
+            Content::Value { data, .. } => data.len() + delta.key.len() + 48,
+            Content::Tombstone => delta.key.len() + 48,
+        };
+        let capacity = 64 + self.deltas.iter().map(bytes).sum::<usize>();
+        let mut writer = Writer::with_capacity(capacity);
+        writer.u8(CHANGE_VERSION);
+        encode_actor(self.actor, &mut writer);
+        writer.varint(self.first_seq);
+        self.depends_on.encode(&mut writer);
+        writer.count(self.deltas.len());
+        for delta in &self.deltas {
+            writer.bytes(&delta.key);
+            writer.fixed64(delta.sibling.time.to_bits());
+            delta.sibling.content.encode(&mut writer);
+            writer.count(delta.supersedes.len());
+            for &dot in &delta.supersedes {
+                encode_dot(dot, &mut writer);
+            }
+        }
+        writer.finish()
+    }
+
+    /// Reads what [`to_bytes`](Self::to_bytes) wrote.
+    ///
+    /// # Errors
+    /// If the bytes are damaged, there is no delta, or a sequence number is zero or too large.
+    pub fn from_bytes(bytes: Bytes) -> Result<Self, DecodeError> {
+        let mut reader = Reader::new("change", bytes);
+        reader.version(CHANGE_VERSION)?;
+        let actor = decode_actor(&mut reader)?;
+        let first_seq = reader.varint()?;
+        let depends_on = VersionVector::decode(&mut reader)?;
+        let count = reader.count(11)?;
+        if count == 0 || first_seq == 0 || first_seq.checked_add(count as u64).is_none() {
+            return Err(reader.invalid(first_seq));
+        }
+        let mut deltas = Vec::with_capacity(count);
+        for place in 0..count as u64 {
+            let dot = Dot { actor, seq: first_seq + place };
+            deltas.push(decode_delta(&mut reader, dot)?);
+        }
+        reader.finish()?;
+        Ok(Self { actor, first_seq, depends_on, deltas })
+    }
+}
+
+fn decode_delta(reader: &mut Reader, dot: Dot) -> Result<Delta, DecodeError> {
+    let key = reader.bytes()?;
+    let time = HybridTime::from_bits(reader.fixed64()?);
+    let content = Content::decode(reader)?;
+    let count = reader.count(3)?;
+    let supersedes = (0..count).map(|_| decode_dot(reader)).collect::<Result<_, _>>()?;
+    Ok(Delta { key, sibling: Sibling { dot, time, content }, supersedes })
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::vector::tests::{any_actor, any_vector};
+
+    pub(crate) fn any_content() -> impl Strategy<Value = Content> {
+        let data = || prop::collection::vec(any::<u8>(), 0..40).prop_map(Bytes::from);
+        prop_oneof![
+            Just(Content::Tombstone),
+            data().prop_map(Content::value),
+            (data(), any::<u64>()).prop_map(|(data, expire)| Content::Value {
+                data,
+                expire: Some(HybridTime::from_bits(expire))
+            }),
+        ]
+    }
+
+    pub(crate) fn any_change() -> impl Strategy<Value = Change> {
+        let dot = (any_actor(), 1u64..99).prop_map(|(actor, seq)| Dot { actor, seq });
+        let delta = (
+            prop::collection::vec(any::<u8>(), 1..20),
+            any::<u64>(),
+            any_content(),
+            prop::collection::vec(dot, 0..3),
+        );
+        let deltas = prop::collection::vec(delta, 1..5);
+        (any_actor(), 1u64..1 << 40, any_vector(), deltas).prop_map(
+            |(actor, first_seq, depends_on, deltas)| {
+                let deltas =
+                    (first_seq..).zip(deltas).map(|(seq, (key, time, content, supersedes))| {
+                        let dot = Dot { actor, seq };
+                        let sibling = Sibling { dot, time: HybridTime::from_bits(time), content };
+                        Delta { key: key.into(), sibling, supersedes }
+                    });
+                Change { actor, first_seq, depends_on, deltas: deltas.collect() }
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn change_reads_back(change in any_change()) {
+            prop_assert_eq!(Change::from_bytes(change.to_bytes()), Ok(change));
+        }
+
+        #[test]
+        fn a_cut_or_noisy_change_is_an_error_and_never_a_panic(change in any_change(), at in any::<prop::sample::Index>(), flip in 1u8..) {
+            let bytes = change.to_bytes();
+            let at = at.index(bytes.len());
+            prop_assert!(Change::from_bytes(bytes.slice(..at)).is_err());
+            let mut flipped = bytes.to_vec();
+            flipped[at] ^= flip;
+            let _ = Change::from_bytes(flipped.into());
+        }
+    }
+}

@@ -1,0 +1,539 @@
+//! Commands: what a shard's Raft log carries, and what executing them answers.
+//!
+//! A log entry holds a batch of commands. They are encoded once, where a request comes in, and
+//! travel as bytes to the log, the followers and the state machine. Everything that executing a
+//! command depends on, time and rule included, is in the command or in the shard's state.
+
+use bytes::Bytes;
+
+use crate::{
+    change::Change,
+    codec::{DecodeError, Reader, Writer},
+    hlc::HybridTime,
+    id::{Actor, Dot, NamespaceId, RequestId},
+    record::{Content, Record, Rule},
+    vector::{VersionVector, decode_actor, decode_dot, encode_actor, encode_dot},
+};
+
+/// One thing for the state machine to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// A client's write.
+    Write(Write),
+    /// Changes of other regions.
+    Ingest(Ingest),
+    /// Forget the part of the change log that every region has.
+    Trim(Trim),
+    /// Forget the outcomes of old requests.
+    ForgetRequests(Vec<RequestId>),
+}
+
+/// A client's write: checks and operations, all or nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Write {
+    /// Where.
+    pub namespace: NamespaceId,
+    /// The namespace's rule, which never changes.
+    pub rule: Rule,
+    /// The region that takes the write.
+    pub actor: Actor,
+    /// Stamped by the leader.
+    pub time: HybridTime,
+    /// Makes the write safe to repeat.
+    pub request: Option<RequestId>,
+    /// Conditions that must all hold.
+    pub checks: Vec<Check>,
+    /// What to write, in order.
+    pub operations: Vec<Operation>,
+}
+
+/// A condition on one key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Check {
+    /// The key.
+    pub key: Bytes,
+    /// What must hold.
+    pub condition: Condition,
+}
+
+/// What a check demands of a key, as seen at the write's time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// No live value.
+    Absent,
+    /// At least one live value.
+    Present,
+    /// Exactly one live value, created by this write.
+    DotEquals(Dot),
+    /// Exactly one live value, with these bytes.
+    DataEquals(Bytes),
+}
+
+impl Condition {
+    /// Whether the condition holds for `record` at `now`.
+    pub fn holds(&self, record: Option<&Record>, now: HybridTime) -> bool {
+        let mut live = record.into_iter().flat_map(|record| record.live_at(now));
+        let (first, second) = (live.next(), live.next());
+        match self {
+            Self::Absent => first.is_none(),
+            Self::Present => first.is_some(),
+            Self::DotEquals(dot) => {
+                second.is_none() && first.is_some_and(|(sibling, _)| sibling.dot == *dot)
+            }
+            Self::DataEquals(data) => {
+                second.is_none() && first.is_some_and(|(_, held)| held == data)
+            }
+        }
+    }
+}
+
+/// One write to one key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Operation {
+    /// The key.
+    pub key: Bytes,
+    /// What to leave there.
+    pub content: Content,
+    /// Replace exactly what this has seen; `None` replaces all that is there.
+    pub context: Option<VersionVector>,
+}
+
+/// Changes of other regions, in causal order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ingest {
+    /// Where.
+    pub namespace: NamespaceId,
+    /// The namespace's rule.
+    pub rule: Rule,
+    /// The region that ingests: its own changes never come from outside.
+    pub local: Actor,
+    /// What to apply.
+    pub changes: Vec<Change>,
+}
+
+/// Forgets changes up to a vector.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trim {
+    /// Where.
+    pub namespace: NamespaceId,
+    /// Changes that this covers go.
+    pub upto: VersionVector,
+}
+
+/// What executing a command answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The write was applied, now or when the same request came before.
+    Written(Vec<Written>),
+    /// Nothing was written: these checks did not hold.
+    ChecksFailed(Vec<FailedCheck>),
+    /// Nothing was written: an operation's context has seen more than this region has applied.
+    /// The same write succeeds when the frontier covers `needed`.
+    ContextAhead {
+        /// What the contexts have seen.
+        needed: VersionVector,
+        /// What is applied here.
+        frontier: VersionVector,
+    },
+    /// Changes were taken up to the first that could not be.
+    Ingested(Ingested),
+    /// Done; nothing to tell.
+    Done,
+}
+
+/// What one operation of a write did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// The identity of the write.
+    pub dot: Dot,
+    /// When.
+    pub time: HybridTime,
+    /// The key's context after it.
+    pub context: VersionVector,
+    /// Whether concurrent values remain or were resolved by the rule.
+    pub conflict: bool,
+}
+
+/// A check that did not hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FailedCheck {
+    /// Index into the write's checks.
+    pub check: usize,
+    /// What the key has instead; `None` if it was never written.
+    pub actual: Option<Record>,
+}
+
+/// What an ingest did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ingested {
+    /// Changes applied.
+    pub applied: u64,
+    /// Changes that were here already.
+    pub repeated: u64,
+    /// The frontier after it.
+    pub frontier: VersionVector,
+    /// Why not all were taken.
+    pub stopped: Option<Stopped>,
+}
+
+/// Why an ingest did not take a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stopped {
+    /// An earlier change of the same actor is missing.
+    Gap,
+    /// A change that it depends on is missing.
+    Dependency,
+    /// It claims to be a write of this very region that this region does not know: the region's
+    /// counters went back, and going on would use dots twice.
+    OwnChangeUnknown,
+}
+
+const BATCH_VERSION: u8 = 1;
+const WRITE: u8 = 1;
+const INGEST: u8 = 2;
+const TRIM: u8 = 3;
+const FORGET_REQUESTS: u8 = 4;
+
+/// Packs encoded commands into the payload of one log entry.
+pub fn encode_batch(commands: &[Bytes]) -> Bytes {
+    let capacity = 4 + commands.iter().map(|command| command.len() + 4).sum::<usize>();
+    let mut writer = Writer::with_capacity(capacity);
+    writer.u8(BATCH_VERSION);
+    writer.count(commands.len());
+    for command in commands {
+        writer.bytes(command);
+    }
+    writer.finish()
+}
+
+/// Unpacks what [`encode_batch`] packed.
+///
+/// # Errors
+/// If the bytes are damaged or hold a command that this version does not know. A replica must
+/// stop then: skipping a command would make it differ from the others.
+pub fn decode_batch(bytes: Bytes) -> Result<Vec<Command>, DecodeError> {
+    let mut reader = Reader::new("command batch", bytes);
+    reader.version(BATCH_VERSION)?;
+    let count = reader.count(2)?;
+    let mut commands = Vec::with_capacity(count);
+    for _ in 0..count {
+        commands.push(Command::from_bytes(reader.bytes()?)?);
+    }
+    reader.finish()?;
+    Ok(commands)
+}
+
+impl Command {
+    /// The encoding.
+    pub fn to_bytes(&self) -> Bytes {
+        let mut writer = Writer::with_capacity(128 + self.data_bytes());
+        match self {
+            Self::Write(write) => {
+                writer.u8(WRITE);
+                write.encode(&mut writer);
+            }
+            Self::Ingest(ingest) => {
+                writer.u8(INGEST);
+                writer.varint(u64::from(ingest.namespace.0));
+                writer.u8(ingest.rule.to_byte());
+                encode_actor(ingest.local, &mut writer);
+                writer.count(ingest.changes.len());
+                for change in &ingest.changes {
+                    writer.bytes(&change.to_bytes());
+                }
+            }
+            Self::Trim(trim) => {
+                writer.u8(TRIM);
+                writer.varint(u64::from(trim.namespace.0));
+                trim.upto.encode(&mut writer);
+            }
+            Self::ForgetRequests(requests) => {
+                writer.u8(FORGET_REQUESTS);
+                writer.count(requests.len());
+                for &request in requests {
+                    encode_request(request, &mut writer);
+                }
+            }
+        }
+        writer.finish()
+    }
+
+    /// Reads what [`to_bytes`](Self::to_bytes) wrote.
+    ///
+    /// # Errors
+    /// If the bytes are damaged or of an unknown kind.
+    pub fn from_bytes(bytes: Bytes) -> Result<Self, DecodeError> {
+        let mut reader = Reader::new("command", bytes);
+        let command = match reader.u8()? {
+            WRITE => Self::Write(Write::decode(&mut reader)?),
+            INGEST => {
+                let namespace = NamespaceId(reader.u32()?);
+                let rule = decode_rule(&mut reader)?;
+                let local = decode_actor(&mut reader)?;
+                let count = reader.count(2)?;
+                let changes = (0..count)
+                    .map(|_| Change::from_bytes(reader.bytes()?))
+                    .collect::<Result<_, _>>()?;
+                Self::Ingest(Ingest { namespace, rule, local, changes })
+            }
+            TRIM => {
+                let namespace = NamespaceId(reader.u32()?);
+                Self::Trim(Trim { namespace, upto: VersionVector::decode(&mut reader)? })
+            }
+            FORGET_REQUESTS => {
+                let count = reader.count(9)?;
+                let requests =
+                    (0..count).map(|_| decode_request(&mut reader)).collect::<Result<_, _>>()?;
+                Self::ForgetRequests(requests)
+            }
+            kind => return Err(DecodeError::Version { what: "command", version: kind }),
+        };
+        reader.finish()?;
+        Ok(command)
+    }
+
+    fn data_bytes(&self) -> usize {
+        match self {
+            Self::Write(write) => {
+                let bytes = |operation: &Operation| match &operation.content {
+                    Content::Value { data, .. } => operation.key.len() + data.len(),
+                    Content::Tombstone => operation.key.len(),
+                };
+                write.operations.iter().map(bytes).sum()
+            }
+            Self::Ingest(_) | Self::Trim(_) | Self::ForgetRequests(_) => 0,
+        }
+    }
+}
+
+impl Write {
+    fn encode(&self, writer: &mut Writer) {
+        writer.varint(u64::from(self.namespace.0));
+        writer.u8(self.rule.to_byte());
+        encode_actor(self.actor, writer);
+        writer.fixed64(self.time.to_bits());
+        writer.u8(u8::from(self.request.is_some()));
+        if let Some(request) = self.request {
+            encode_request(request, writer);
+        }
+        writer.count(self.checks.len());
+        for check in &self.checks {
+            writer.bytes(&check.key);
+            match &check.condition {
+                Condition::Absent => writer.u8(0),
+                Condition::Present => writer.u8(1),
+                Condition::DotEquals(dot) => {
+                    writer.u8(2);
+                    encode_dot(*dot, writer);
+                }
+                Condition::DataEquals(data) => {
+                    writer.u8(3);
+                    writer.bytes(data);
+                }
+            }
+        }
+        writer.count(self.operations.len());
+        for operation in &self.operations {
+            writer.bytes(&operation.key);
+            operation.content.encode(writer);
+            writer.u8(u8::from(operation.context.is_some()));
+            if let Some(context) = &operation.context {
+                context.encode(writer);
+            }
+        }
+    }
+
+    fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+        let namespace = NamespaceId(reader.u32()?);
+        let rule = decode_rule(reader)?;
+        let actor = decode_actor(reader)?;
+        let time = HybridTime::from_bits(reader.fixed64()?);
+        let request = if decode_flag(reader)? { Some(decode_request(reader)?) } else { None };
+        let count = reader.count(2)?;
+        let checks = (0..count).map(|_| decode_check(reader)).collect::<Result<_, _>>()?;
+        let count = reader.count(3)?;
+        let operations = (0..count).map(|_| decode_operation(reader)).collect::<Result<_, _>>()?;
+        Ok(Self { namespace, rule, actor, time, request, checks, operations })
+    }
+}
+
+fn decode_check(reader: &mut Reader) -> Result<Check, DecodeError> {
+    let key = reader.bytes()?;
+    let condition = match reader.u8()? {
+        0 => Condition::Absent,
+        1 => Condition::Present,
+        2 => Condition::DotEquals(decode_dot(reader)?),
+        3 => Condition::DataEquals(reader.bytes()?),
+        tag => return Err(reader.invalid(u64::from(tag))),
+    };
+    Ok(Check { key, condition })
+}
+
+fn decode_operation(reader: &mut Reader) -> Result<Operation, DecodeError> {
+    let key = reader.bytes()?;
+    let content = Content::decode(reader)?;
+    let context = if decode_flag(reader)? { Some(VersionVector::decode(reader)?) } else { None };
+    Ok(Operation { key, content, context })
+}
+
+fn encode_request(request: RequestId, writer: &mut Writer) {
+    writer.fixed64(request.client);
+    writer.varint(request.number);
+}
+
+fn decode_request(reader: &mut Reader) -> Result<RequestId, DecodeError> {
+    Ok(RequestId { client: reader.fixed64()?, number: reader.varint()? })
+}
+
+fn decode_rule(reader: &mut Reader) -> Result<Rule, DecodeError> {
+    let byte = reader.u8()?;
+    Rule::from_byte(byte).ok_or_else(|| reader.invalid(u64::from(byte)))
+}
+
+fn decode_flag(reader: &mut Reader) -> Result<bool, DecodeError> {
+    match reader.u8()? {
+        0 => Ok(false),
+        1 => Ok(true),
+        byte => Err(reader.invalid(u64::from(byte))),
+    }
+}
+
+const WRITTEN_VERSION: u8 = 1;
+
+/// Encodes a write's results, to be remembered for repeats of its request.
+pub fn encode_written(time: HybridTime, results: &[Written]) -> Bytes {
+    let mut writer = Writer::with_capacity(16 + results.len() * 48);
+    writer.u8(WRITTEN_VERSION);
+    writer.fixed64(time.to_bits());
+    writer.count(results.len());
+    for result in results {
+        encode_dot(result.dot, &mut writer);
+        writer.fixed64(result.time.to_bits());
+        writer.u8(u8::from(result.conflict));
+        result.context.encode(&mut writer);
+    }
+    writer.finish()
+}
+
+/// Reads what [`encode_written`] wrote: when the request was executed, and its results.
+///
+/// # Errors
+/// If the bytes are damaged.
+pub fn decode_written(bytes: Bytes) -> Result<(HybridTime, Vec<Written>), DecodeError> {
+    let mut reader = Reader::new("request outcome", bytes);
+    reader.version(WRITTEN_VERSION)?;
+    let executed = HybridTime::from_bits(reader.fixed64()?);
+    let count = reader.count(13)?;
+    let mut results = Vec::with_capacity(count);
+    for _ in 0..count {
+        let dot = decode_dot(&mut reader)?;
+        let time = HybridTime::from_bits(reader.fixed64()?);
+        let conflict = decode_flag(&mut reader)?;
+        let context = VersionVector::decode(&mut reader)?;
+        results.push(Written { dot, time, context, conflict });
+    }
+    reader.finish()?;
+    Ok((executed, results))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        change::tests::{any_change, any_content},
+        vector::tests::{any_actor, any_vector},
+    };
+
+    fn any_bytes() -> impl Strategy<Value = Bytes> {
+        prop::collection::vec(any::<u8>(), 0..20).prop_map(Bytes::from)
+    }
+
+    fn any_rule() -> impl Strategy<Value = Rule> {
+        prop_oneof![Just(Rule::Lww), Just(Rule::Siblings)]
+    }
+
+    fn any_request() -> impl Strategy<Value = RequestId> {
+        (any::<u64>(), any::<u64>()).prop_map(|(client, number)| RequestId { client, number })
+    }
+
+    fn any_check() -> impl Strategy<Value = Check> {
+        let condition = prop_oneof![
+            Just(Condition::Absent),
+            Just(Condition::Present),
+            any_bytes().prop_map(Condition::DataEquals),
+            (any_actor(), 1u64..9)
+                .prop_map(|(actor, seq)| Condition::DotEquals(Dot { actor, seq })),
+        ];
+        (any_bytes(), condition).prop_map(|(key, condition)| Check { key, condition })
+    }
+
+    fn any_operation() -> impl Strategy<Value = Operation> {
+        (any_bytes(), any_content(), prop::option::of(any_vector()))
+            .prop_map(|(key, content, context)| Operation { key, content, context })
+    }
+
+    fn any_write() -> impl Strategy<Value = Write> {
+        (
+            any::<u32>().prop_map(NamespaceId),
+            any_rule(),
+            any_actor(),
+            any::<u64>().prop_map(HybridTime::from_bits),
+            prop::option::of(any_request()),
+            prop::collection::vec(any_check(), 0..3),
+            prop::collection::vec(any_operation(), 0..4),
+        )
+            .prop_map(|(namespace, rule, actor, time, request, checks, operations)| {
+                Write { namespace, rule, actor, time, request, checks, operations }
+            })
+    }
+
+    fn any_command() -> impl Strategy<Value = Command> {
+        prop_oneof![
+            any_write().prop_map(Command::Write),
+            (any_rule(), any_actor(), prop::collection::vec(any_change(), 0..3)).prop_map(
+                |(rule, local, changes)| Command::Ingest(Ingest {
+                    namespace: NamespaceId(3),
+                    rule,
+                    local,
+                    changes
+                })
+            ),
+            any_vector().prop_map(|upto| Command::Trim(Trim { namespace: NamespaceId(1), upto })),
+            prop::collection::vec(any_request(), 0..5).prop_map(Command::ForgetRequests),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn batch_reads_back(commands in prop::collection::vec(any_command(), 0..5)) {
+            let encoded: Vec<Bytes> = commands.iter().map(Command::to_bytes).collect();
+            prop_assert_eq!(decode_batch(encode_batch(&encoded)), Ok(commands));
+        }
+
+        #[test]
+        fn a_cut_or_noisy_batch_is_an_error_and_never_a_panic(command in any_command(), at in any::<prop::sample::Index>(), flip in 1u8..) {
+            let bytes = encode_batch(&[command.to_bytes()]);
+            let at = at.index(bytes.len());
+            prop_assert!(decode_batch(bytes.slice(..at)).is_err());
+            let mut flipped = bytes.to_vec();
+            flipped[at] ^= flip;
+            let _ = decode_batch(flipped.into());
+        }
+
+        #[test]
+        fn remembered_results_read_back(actor in any_actor(), seq in 1u64..9, context in any_vector(), conflict: bool) {
+            let time = HybridTime::from_bits(5);
+            let written = Written { dot: Dot { actor, seq }, time, context, conflict };
+            let results = vec![written];
+            prop_assert_eq!(decode_written(encode_written(time, &results)), Ok((time, results)));
+        }
+    }
+
+    #[test]
+    fn a_command_of_an_unknown_kind_is_refused_by_name() {
+        let error = Command::from_bytes(Bytes::from_static(&[99])).unwrap_err();
+        assert_eq!(error.to_string(), "command: unknown format version 99; upgrade this node");
+    }
+}

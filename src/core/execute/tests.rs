@@ -1,0 +1,301 @@
+//! Meanings of each command, and convergence of whole regions under random histories.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    command::{Check, Condition, Operation, Trim},
+    id::{Actor, RegionId},
+    record::Content,
+    testing::MemoryState,
+};
+
+const NS: NamespaceId = NamespaceId(5);
+
+fn actor(region: u16) -> Actor {
+    Actor { region: RegionId(region), incarnation: 1 }
+}
+
+fn put(key: &'static str, value: impl Into<Bytes>) -> Operation {
+    Operation {
+        key: Bytes::from_static(key.as_bytes()),
+        content: Content::value(value),
+        context: None,
+    }
+}
+
+fn write(region: u16, wall: u64, operations: Vec<Operation>) -> Write {
+    Write {
+        namespace: NS,
+        rule: Rule::Siblings,
+        actor: actor(region),
+        time: HybridTime::new(wall, 0).unwrap(),
+        request: None,
+        checks: Vec::new(),
+        operations,
+    }
+}
+
+fn run(state: &mut MemoryState, command: Write) -> Outcome {
+    let Ok(outcome) = execute(state, &Command::Write(command));
+    outcome
+}
+
+fn written(outcome: Outcome) -> Vec<Written> {
+    match outcome {
+        Outcome::Written(results) => results,
+        other => panic!("not written: {other:?}"),
+    }
+}
+
+fn ingest(state: &mut MemoryState, local: u16, rule: Rule, changes: Vec<Change>) -> Ingested {
+    let command = Command::Ingest(Ingest { namespace: NS, rule, local: actor(local), changes });
+    match execute(state, &command) {
+        Ok(Outcome::Ingested(ingested)) => ingested,
+        other => panic!("not ingested: {other:?}"),
+    }
+}
+
+fn values(state: &MemoryState, key: &str) -> Vec<Bytes> {
+    let record = state.record(NS, key.as_bytes()).unwrap().unwrap_or_default();
+    record.live_at(HybridTime::ZERO).map(|(_, data)| data.clone()).collect()
+}
+
+#[test]
+fn a_repeated_request_is_applied_once_and_answers_as_before() {
+    let mut state = MemoryState::default();
+    let request = Some(RequestId { client: 7, number: 1 });
+    let first = run(&mut state, Write { request, ..write(1, 1, vec![put("a", "1")]) });
+    run(&mut state, write(1, 2, vec![put("a", "2")]));
+
+    let again = run(&mut state, Write { request, ..write(1, 3, vec![put("a", "1")]) });
+
+    assert_eq!(again, first);
+    assert_eq!(values(&state, "a"), ["2"]);
+    assert_eq!(state.frontier(NS).get(actor(1)), 2);
+}
+
+#[test]
+fn a_failed_check_writes_nothing_and_answers_the_actual_record() {
+    let mut state = MemoryState::default();
+    let first = written(run(&mut state, write(1, 1, vec![put("a", "1")])));
+    let before = state.clone();
+    let check = |condition| Check { key: Bytes::from_static(b"a"), condition };
+    let checks = vec![check(Condition::Present), check(Condition::Absent)];
+
+    let outcome = run(&mut state, Write { checks, ..write(1, 2, vec![put("b", "2")]) });
+
+    let Outcome::ChecksFailed(failed) = outcome else { panic!("{outcome:?}") };
+    assert_eq!(failed.len(), 1);
+    assert_eq!(failed[0].check, 1);
+    let actual = failed[0].actual.as_ref().unwrap();
+    assert_eq!(actual.siblings()[0].dot, first[0].dot);
+    assert_eq!(state, before);
+}
+
+#[test]
+fn checks_on_dot_and_data_hold_for_exactly_one_live_value() {
+    let mut state = MemoryState::default();
+    let dot = written(run(&mut state, write(1, 1, vec![put("a", "1")])))[0].dot;
+    let record = state.record(NS, b"a").unwrap();
+    let holds = |condition: Condition| condition.holds(record.as_ref(), HybridTime::ZERO);
+
+    assert!(holds(Condition::DotEquals(dot)) && holds(Condition::DataEquals("1".into())));
+    assert!(!holds(Condition::DotEquals(Dot { seq: 9, ..dot })));
+    assert!(!holds(Condition::DataEquals("2".into())) && !holds(Condition::Absent));
+    assert!(Condition::Absent.holds(None, HybridTime::ZERO));
+}
+
+#[test]
+fn an_atomic_batch_is_one_change_and_arrives_whole() {
+    let (mut us, mut eu) = (MemoryState::default(), MemoryState::default());
+    written(run(&mut us, write(1, 1, vec![put("a", "1"), put("b", "2"), put("a", "3")])));
+
+    let changes = us.changes_above(NS, &VersionVector::new());
+    let done = ingest(&mut eu, 2, Rule::Siblings, changes.clone());
+
+    assert_eq!((changes.len(), done.applied), (1, 1));
+    assert_eq!((values(&eu, "a"), values(&eu, "b")), (values(&us, "a"), values(&us, "b")));
+    assert_eq!(values(&eu, "a"), ["3"]);
+    assert_eq!(eu.frontier(NS).get(actor(1)), 3);
+}
+
+#[test]
+fn ingest_takes_a_change_once_and_stops_at_a_gap() {
+    let (mut us, mut eu) = (MemoryState::default(), MemoryState::default());
+    for wall in 1..4 {
+        run(&mut us, write(1, wall, vec![put("a", wall.to_string())]));
+    }
+    let changes = us.changes_above(NS, &VersionVector::new());
+
+    let gap = ingest(&mut eu, 2, Rule::Siblings, vec![changes[0].clone(), changes[2].clone()]);
+    assert_eq!((gap.applied, gap.stopped), (1, Some(Stopped::Gap)));
+    let rest = ingest(&mut eu, 2, Rule::Siblings, changes);
+    assert_eq!((rest.applied, rest.repeated, rest.stopped), (2, 1, None));
+    assert_eq!(eu.records, us.records);
+}
+
+#[test]
+fn ingest_holds_back_a_change_whose_cause_is_missing() {
+    let (mut us, mut eu, mut ap) = <(MemoryState, MemoryState, MemoryState)>::default();
+    run(&mut us, write(1, 1, vec![put("a", "1")]));
+    let cause = us.changes_above(NS, &VersionVector::new());
+    ingest(&mut eu, 2, Rule::Siblings, cause.clone());
+    run(&mut eu, write(2, 2, vec![put("b", "2")]));
+    let effect = eu.changes_above(NS, &us.frontier(NS));
+
+    let early = ingest(&mut ap, 3, Rule::Siblings, effect.clone());
+    assert_eq!(early.stopped, Some(Stopped::Dependency));
+    ingest(&mut ap, 3, Rule::Siblings, cause);
+    assert_eq!(ingest(&mut ap, 3, Rule::Siblings, effect).applied, 1);
+}
+
+#[test]
+fn an_unknown_change_of_the_own_region_is_refused() {
+    let mut us = MemoryState::default();
+    run(&mut us, write(1, 1, vec![put("a", "1")]));
+    let changes = us.changes_above(NS, &VersionVector::new());
+
+    let mut forgetful = MemoryState::default();
+    let done = ingest(&mut forgetful, 1, Rule::Siblings, changes);
+
+    assert_eq!(done.stopped, Some(Stopped::OwnChangeUnknown));
+    assert_eq!(forgetful, MemoryState::default());
+}
+
+#[test]
+fn a_context_from_the_future_is_told_what_it_waits_for() {
+    let mut state = MemoryState::default();
+    let needed: VersionVector = [(actor(2), 4)].into_iter().collect();
+    let ahead = Operation { context: Some(needed.clone()), ..put("a", "1") };
+
+    let outcome = run(&mut state, write(1, 1, vec![ahead]));
+
+    assert_eq!(outcome, Outcome::ContextAhead { needed, frontier: VersionVector::new() });
+    assert_eq!(state, MemoryState::default());
+}
+
+#[test]
+fn a_write_is_later_than_what_it_replaces_even_if_the_clock_is_behind() {
+    let mut state = MemoryState::default();
+    let rule = Rule::Lww;
+    run(&mut state, Write { rule, ..write(1, 1_000, vec![put("a", "fast")]) });
+    let slow = written(run(&mut state, Write { rule, ..write(1, 1, vec![put("a", "slow")]) }));
+
+    assert_eq!(slow[0].time, HybridTime::new(1_000, 1).unwrap());
+    assert_eq!(values(&state, "a"), ["slow"]);
+    assert!(state.ledger.is_empty());
+}
+
+#[test]
+fn lww_conflict_is_in_the_ledger_of_every_region_under_the_same_id() {
+    let (mut us, mut eu) = (MemoryState::default(), MemoryState::default());
+    let rule = Rule::Lww;
+    run(&mut us, Write { rule, ..write(1, 5, vec![put("a", "us")]) });
+    run(&mut eu, Write { rule, ..write(2, 6, vec![put("a", "eu")]) });
+    let (from_us, from_eu) =
+        (us.changes_above(NS, &VersionVector::new()), eu.changes_above(NS, &VersionVector::new()));
+
+    ingest(&mut us, 1, rule, from_eu);
+    ingest(&mut eu, 2, rule, from_us);
+
+    assert_eq!(values(&us, "a"), ["eu"]);
+    assert_eq!(us.records, eu.records);
+    assert_eq!(us.ledger, eu.ledger);
+    let entry = us.ledger.values().next().unwrap();
+    assert_eq!(entry.loser.content, Content::value("us"));
+}
+
+#[test]
+fn siblings_stay_bounded_and_the_oldest_go_by_name() {
+    let mut state = MemoryState::default();
+    for wall in 0..40u64 {
+        let concurrent = Some(VersionVector::new());
+        run(
+            &mut state,
+            write(1, wall, vec![Operation { context: concurrent, ..put("a", wall.to_string()) }]),
+        );
+    }
+    let held = values(&state, "a");
+    assert_eq!(held.len(), SIBLINGS_MAX);
+    assert_eq!((held[0].as_ref(), held[15].as_ref()), (b"24".as_slice(), b"39".as_slice()));
+}
+
+#[test]
+fn trim_never_forgets_what_is_not_applied_here() {
+    let mut state = MemoryState::default();
+    run(&mut state, write(1, 1, vec![put("a", "1")]));
+    let upto: VersionVector = [(actor(1), 99), (actor(2), 5)].into_iter().collect();
+
+    let Ok(outcome) = execute(&mut state, &Command::Trim(Trim { namespace: NS, upto }));
+
+    assert_eq!(outcome, Outcome::Done);
+    assert!(state.changes.is_empty());
+    assert_eq!(values(&state, "a"), ["1"]);
+}
+
+/// What happens in one random history of three regions.
+#[derive(Clone, Debug)]
+enum Step {
+    Write { region: u16, key: u8, wall: u64, delete: bool, context_of: Option<u16> },
+    Pull { into: u16, from: u16 },
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    let region = || 1u16..4;
+    prop_oneof![
+        (region(), 0u8..3, 0u64..30, any::<bool>(), prop::option::of(region())).prop_map(
+            |(region, key, wall, delete, context_of)| Step::Write {
+                region,
+                key,
+                wall,
+                delete,
+                context_of
+            }
+        ),
+        (region(), region()).prop_map(|(into, from)| Step::Pull { into, from }),
+    ]
+}
+
+fn pull(regions: &mut [MemoryState; 3], into: u16, from: u16, rule: Rule) {
+    let frontier = regions[usize::from(into) - 1].frontier(NS);
+    let changes = regions[usize::from(from) - 1].changes_above(NS, &frontier);
+    let done = ingest(&mut regions[usize::from(into) - 1], into, rule, changes);
+    assert_eq!(done.stopped, None, "a peer's log is causally closed");
+}
+
+proptest! {
+    #[test]
+    fn regions_converge_after_any_history(steps in prop::collection::vec(any_step(), 0..60), lww: bool) {
+        let rule = if lww { Rule::Lww } else { Rule::Siblings };
+        let mut regions: [MemoryState; 3] = Default::default();
+        for (number, step) in steps.into_iter().enumerate() {
+            match step {
+                Step::Write { region, key, wall, delete, context_of } => {
+                    let key = Bytes::from(vec![key]);
+                    let context = context_of.and_then(|from| {
+                        let held = regions[usize::from(from) - 1].record(NS, &key).unwrap();
+                        held.map(|record| record.context().clone())
+                    });
+                    let content = if delete { Content::Tombstone } else { Content::value(number.to_string()) };
+                    let operation = Operation { key, content, context };
+                    let command = Write { rule, ..write(region, wall, vec![operation]) };
+                    run(&mut regions[usize::from(region) - 1], command);
+                }
+                Step::Pull { into, from } => pull(&mut regions, into, from, rule),
+            }
+        }
+        for _ in 0..2 {
+            for into in 1..4 {
+                for from in (1..4).filter(|&from| from != into) {
+                    pull(&mut regions, into, from, rule);
+                }
+            }
+        }
+        for other in &regions[1..] {
+            prop_assert_eq!(&regions[0].records, &other.records);
+            prop_assert_eq!(&regions[0].frontiers, &other.frontiers);
+            prop_assert_eq!(&regions[0].changes, &other.changes);
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! What is true without disks and networks: identities, causality, merging, and the transition
+//! function of a shard.
+//!
+//! Everything here is pure. The same input gives the same output on every machine and in every
+//! version, because replicas and regions agree only if they compute the same. So: no I/O, no
+//! clock, no randomness, no hash-map order, no floats; `.clippy.toml` of this folder bans them.
+//!
+//! Reading order: [`id`], [`vector`], [`record`] (the merge), [`change`] (what travels),
+//! [`command`] and [`execute`] (the state machine), [`token`] (what clients carry).
+//!
+//! Not here: storage, consensus, networks, and every decision about *when* to do something.
+
+pub mod change;
+pub mod codec;
+pub mod command;
+pub mod execute;
+pub mod hlc;
+pub mod id;
+pub mod key;
+pub mod ledger;
+pub mod namespace;
+pub mod placement;
+pub mod record;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+pub mod token;
+pub mod vector;
+
+pub use change::Change;
+pub use codec::DecodeError;
+pub use command::{Command, Outcome, decode_batch, encode_batch};
+pub use execute::{ShardState, execute};
+pub use hlc::{HybridClock, HybridTime};
+pub use id::{Actor, Dot, NamespaceId, NodeId, RegionId, RequestId, ShardId};
+pub use record::{Content, Record, Rule};
+pub use vector::VersionVector;

@@ -1,0 +1,317 @@
+//! What is stored for one key: its causal context and its siblings, and how they merge.
+//!
+//! A [`Record`] is a dotted version vector set: a sibling survives a merge if both sides hold it,
+//! or if the side without it has not seen its dot. A [`Delta`] is what one write changes; applied
+//! in causal order it gives the same record as merging whole records does.
+//!
+//! Invariants:
+//! * [`Record::join`] is commutative, associative and idempotent over reachable records.
+//! * The context covers the dot of every sibling.
+//! * Under `lww` there is exactly one sibling, a value or a tombstone, and it is the one with the
+//!   highest (time, dot) of all events that the context covers: writers stamp later than what
+//!   they replace, so that time extends the causal order ([`crate::execute`] sees to it).
+//! * Under `siblings` every sibling is a value; a record without siblings is a tombstone.
+//!
+//! Source: Preguiça et al., "Dotted Version Vectors" (2010), arXiv:1011.5808.
+
+use bytes::Bytes;
+
+use crate::{
+    codec::{DecodeError, Reader, Writer},
+    hlc::HybridTime,
+    id::Dot,
+    vector::{VersionVector, decode_dot, encode_dot},
+};
+
+/// How concurrent values of one key become one. Fixed when a namespace is created.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// The highest hybrid time wins, then the highest dot; losers go to the ledger.
+    Lww,
+    /// All concurrent values are kept and returned.
+    Siblings,
+}
+
+impl Rule {
+    /// As stored and replicated.
+    pub const fn to_byte(self) -> u8 {
+        match self {
+            Self::Lww => 1,
+            Self::Siblings => 2,
+        }
+    }
+
+    /// Reads [`to_byte`](Self::to_byte)'s answer.
+    pub const fn from_byte(byte: u8) -> Option<Self> {
+        match byte {
+            1 => Some(Self::Lww),
+            2 => Some(Self::Siblings),
+            _ => None,
+        }
+    }
+
+    /// The name in configuration, output and logs.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Lww => "lww",
+            Self::Siblings => "siblings",
+        }
+    }
+}
+
+/// What a write leaves behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// A value, hidden from `expire` on.
+    Value {
+        /// The bytes.
+        data: Bytes,
+        /// When reads stop showing it; `None` if never.
+        expire: Option<HybridTime>,
+    },
+    /// Nothing: the key was deleted.
+    Tombstone,
+}
+
+impl Content {
+    /// A value without expiry.
+    pub fn value(data: impl Into<Bytes>) -> Self {
+        Self::Value { data: data.into(), expire: None }
+    }
+
+    /// The bytes, unless deleted or expired at `now`.
+    pub fn live_at(&self, now: HybridTime) -> Option<&Bytes> {
+        match self {
+            Self::Value { data, expire } if expire.is_none_or(|expire| now < expire) => Some(data),
+            Self::Value { .. } | Self::Tombstone => None,
+        }
+    }
+
+    pub(crate) fn encode(&self, writer: &mut Writer) {
+        match self {
+            Self::Tombstone => writer.u8(0),
+            Self::Value { data, expire: None } => {
+                writer.u8(1);
+                writer.bytes(data);
+            }
+            Self::Value { data, expire: Some(expire) } => {
+                writer.u8(2);
+                writer.fixed64(expire.to_bits());
+                writer.bytes(data);
+            }
+        }
+    }
+
+    pub(crate) fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+        match reader.u8()? {
+            0 => Ok(Self::Tombstone),
+            1 => Ok(Self::Value { data: reader.bytes()?, expire: None }),
+            2 => {
+                let expire = Some(HybridTime::from_bits(reader.fixed64()?));
+                Ok(Self::Value { data: reader.bytes()?, expire })
+            }
+            tag => Err(reader.invalid(u64::from(tag))),
+        }
+    }
+}
+
+/// One of several concurrent contents of a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sibling {
+    /// The write that created it.
+    pub dot: Dot,
+    /// When, by the hybrid clock of the region that took the write.
+    pub time: HybridTime,
+    /// What it left.
+    pub content: Content,
+}
+
+impl Sibling {
+    pub(crate) fn encode(&self, writer: &mut Writer) {
+        encode_dot(self.dot, writer);
+        writer.fixed64(self.time.to_bits());
+        self.content.encode(writer);
+    }
+
+    pub(crate) fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+        let dot = decode_dot(reader)?;
+        let time = HybridTime::from_bits(reader.fixed64()?);
+        Ok(Self { dot, time, content: Content::decode(reader)? })
+    }
+
+    fn precedence(&self) -> (HybridTime, Dot) {
+        (self.time, self.dot)
+    }
+}
+
+/// What one write does to one key, as it travels between regions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Delta {
+    /// The key.
+    pub key: Bytes,
+    /// What the write leaves; its dot follows from the change that carries it.
+    pub sibling: Sibling,
+    /// Exactly the siblings that the write replaces. Never a range: what the writer had not seen
+    /// stays.
+    pub supersedes: Vec<Dot>,
+}
+
+/// A concurrent content that a rule dropped, and the one that it lost to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dropped {
+    /// What was dropped.
+    pub loser: Sibling,
+    /// The dot of what stays.
+    pub winner: Dot,
+    /// The time of what stays.
+    pub winner_time: HybridTime,
+}
+
+/// All that is known about one key.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Record {
+    context: VersionVector,
+    /// Sorted by dot.
+    siblings: Vec<Sibling>,
+}
+
+const RECORD_VERSION: u8 = 1;
+
+impl Record {
+    /// Which writes of this key are accounted for: held, replaced or dropped.
+    pub fn context(&self) -> &VersionVector {
+        &self.context
+    }
+
+    /// The siblings, in order of their dots; under `lww` possibly a tombstone.
+    pub fn siblings(&self) -> &[Sibling] {
+        &self.siblings
+    }
+
+    /// The siblings that a reader sees at `now`, with their bytes.
+    pub fn live_at(&self, now: HybridTime) -> impl Iterator<Item = (&Sibling, &Bytes)> {
+        self.siblings.iter().filter_map(move |held| Some((held, held.content.live_at(now)?)))
+    }
+
+    /// Whether a reader sees anything at `now`.
+    pub fn is_live_at(&self, now: HybridTime) -> bool {
+        self.live_at(now).next().is_some()
+    }
+
+    /// The latest time of the siblings.
+    pub fn latest_time(&self) -> HybridTime {
+        self.siblings.iter().map(|held| held.time).max().unwrap_or(HybridTime::ZERO)
+    }
+
+    /// The dots that a write with this context replaces; `None` stands for "all that is here".
+    pub fn superseded_by(&self, context: Option<&VersionVector>) -> Vec<Dot> {
+        let seen = |held: &&Sibling| context.is_none_or(|context| context.covers(held.dot));
+        self.siblings.iter().filter(seen).map(|held| held.dot).collect()
+    }
+
+    /// Applies one write and answers what the rule dropped. A write that was seen before changes
+    /// nothing.
+    ///
+    /// Writes must come in causal order: all that a write's origin had seen comes first.
+    pub fn apply(&mut self, delta: &Delta, rule: Rule) -> Vec<Dropped> {
+        let incoming = &delta.sibling;
+        if self.context.covers(incoming.dot) {
+            return Vec::new();
+        }
+        self.context.add(incoming.dot);
+        self.siblings.retain(|held| !delta.supersedes.contains(&held.dot));
+        let at = self.siblings.partition_point(|held| held.dot < incoming.dot);
+        self.siblings.insert(at, incoming.clone());
+        self.resolve(rule)
+    }
+
+    /// Merges two replicas' records of one key.
+    ///
+    /// Pure: reads no clock, cannot fail. O(n log n) in the number of siblings.
+    pub fn join(&self, other: &Self, rule: Rule) -> Self {
+        let mut siblings: Vec<Sibling> = Vec::new();
+        for (mine, theirs) in [(self, other), (other, self)] {
+            for held in &mine.siblings {
+                let also_there = theirs.siblings.iter().any(|there| there.dot == held.dot);
+                if also_there || !theirs.context.covers(held.dot) {
+                    siblings.push(held.clone());
+                }
+            }
+        }
+        siblings.sort_by_key(|held| held.dot);
+        siblings.dedup_by_key(|held| held.dot);
+        let mut context = self.context.clone();
+        context.join(&other.context);
+        let mut joined = Self { context, siblings };
+        joined.resolve(rule);
+        joined
+    }
+
+    /// Brings the siblings to what the rule allows.
+    fn resolve(&mut self, rule: Rule) -> Vec<Dropped> {
+        match rule {
+            Rule::Lww => self.keep_latest(),
+            Rule::Siblings => {
+                // A deletion removed what it had seen; nothing of it needs to stay.
+                self.siblings.retain(|held| held.content != Content::Tombstone);
+                Vec::new()
+            }
+        }
+    }
+
+    fn keep_latest(&mut self) -> Vec<Dropped> {
+        let Some(winner) = self.siblings.iter().map(Sibling::precedence).max() else {
+            return Vec::new();
+        };
+        let (winner_time, winner) = winner;
+        let (kept, lost) = self.siblings.drain(..).partition(|held| held.dot == winner);
+        self.siblings = kept;
+        let lost: Vec<Sibling> = lost;
+        lost.into_iter().map(|loser| Dropped { loser, winner, winner_time }).collect()
+    }
+
+    /// The encoding, with its format version.
+    pub fn to_bytes(&self) -> Bytes {
+        let mut writer = Writer::with_capacity(64 + self.data_bytes());
+        writer.u8(RECORD_VERSION);
+        self.context.encode(&mut writer);
+        writer.count(self.siblings.len());
+        for sibling in &self.siblings {
+            sibling.encode(&mut writer);
+        }
+        writer.finish()
+    }
+
+    /// Reads what [`to_bytes`](Self::to_bytes) wrote.
+    ///
+    /// # Errors
+    /// If the bytes are damaged, or a sibling is out of order or not covered by the context.
+    pub fn from_bytes(bytes: Bytes) -> Result<Self, DecodeError> {
+        let mut reader = Reader::new("record", bytes);
+        reader.version(RECORD_VERSION)?;
+        let context = VersionVector::decode(&mut reader)?;
+        let count = reader.count(12)?;
+        let mut siblings: Vec<Sibling> = Vec::with_capacity(count);
+        for _ in 0..count {
+            let sibling = Sibling::decode(&mut reader)?;
+            let in_order = siblings.last().is_none_or(|last| last.dot < sibling.dot);
+            if !in_order || !context.covers(sibling.dot) {
+                return Err(reader.invalid(sibling.dot.seq));
+            }
+            siblings.push(sibling);
+        }
+        reader.finish()?;
+        Ok(Self { context, siblings })
+    }
+
+    fn data_bytes(&self) -> usize {
+        let length = |held: &Sibling| match &held.content {
+            Content::Value { data, .. } => data.len() + 48,
+            Content::Tombstone => 48,
+        };
+        self.siblings.iter().map(length).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests;
