@@ -11,7 +11,11 @@ const PUBLIC: [&str; 7] = [
     "tombolo/v1/namespace.proto",
     "tombolo/v1/conflict.proto",
 ];
-const INTERNAL: [&str; 2] = ["tombolo/internal/v1/raft.proto", "tombolo/internal/v1/link.proto"];
+const INTERNAL: [&str; 3] = [
+    "tombolo/internal/v1/raft.proto",
+    "tombolo/internal/v1/node.proto",
+    "tombolo/internal/v1/link.proto",
+];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=tombolo");

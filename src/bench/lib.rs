@@ -1,0 +1,1 @@
+//! Load generator that speaks Tombolo's and etcd's API.

@@ -1,0 +1,160 @@
+//! Namespaces, nodes, shards, regions and links, in the messages of the protocol.
+
+use crate::client::{Client, Plan};
+use crate::error::{Error, Result};
+use crate::retry::Safety;
+use crate::router::Target;
+use tombolo_proto::v1;
+use tombolo_proto::v1::cluster_service_client::ClusterServiceClient;
+use tombolo_proto::v1::namespace_service_client::NamespaceServiceClient;
+use tombolo_proto::v1::region_service_client::RegionServiceClient;
+
+const PAGE_SIZE: i32 = 1000;
+
+/// Administration through any node. Cheap to clone.
+///
+/// Listings are repeated when no node answers. Changes carry no request id, so they are repeated
+/// only when a node certainly did nothing.
+#[derive(Clone, Debug)]
+pub struct Admin {
+    client: Client,
+}
+
+/// One unary call.
+macro_rules! ask {
+    ($admin:expr, $safety:expr, $service:ident, $method:ident, $request:expr) => {
+        $admin
+            .client
+            .call($admin.plan($safety), $request, |channel, request| async move {
+                $service::new(channel).$method(request).await
+            })
+            .await
+    };
+}
+
+impl Admin {
+    pub(crate) fn new(client: Client) -> Self {
+        Self { client }
+    }
+
+    fn plan(&self, safety: Safety) -> Plan {
+        let deadline = self.client.deadline(None);
+        Plan { target: Target::AnyNode, safety, deadline, waits: safety == Safety::Once }
+    }
+
+    /// The region's status and topology.
+    ///
+    /// # Errors
+    /// As any read.
+    pub async fn cluster(&self) -> Result<v1::GetClusterResponse> {
+        ask!(self, Safety::Read, ClusterServiceClient, get_cluster, v1::GetClusterRequest {})
+    }
+
+    /// The region's nodes with their health.
+    ///
+    /// # Errors
+    /// As any read.
+    pub async fn list_nodes(&self) -> Result<Vec<v1::Node>> {
+        let request = v1::ListNodesRequest {};
+        Ok(ask!(self, Safety::Read, ClusterServiceClient, list_nodes, request)?.nodes)
+    }
+
+    /// The region's shards as one node sees them.
+    ///
+    /// # Errors
+    /// As any read.
+    pub async fn list_shards(&self) -> Result<Vec<v1::Shard>> {
+        let request = v1::ListShardsRequest {};
+        Ok(ask!(self, Safety::Read, ClusterServiceClient, list_shards, request)?.shards)
+    }
+
+    /// All regions as this one sees them. `unreachable` names nodes that did not contribute.
+    ///
+    /// # Errors
+    /// As any read.
+    pub async fn list_regions(&self) -> Result<v1::ListRegionsResponse> {
+        ask!(self, Safety::Read, RegionServiceClient, list_regions, v1::ListRegionsRequest {})
+    }
+
+    /// One region.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or as any read.
+    pub async fn get_region(&self, name: impl Into<String>) -> Result<v1::Region> {
+        let request = v1::GetRegionRequest { name: name.into() };
+        let reply = ask!(self, Safety::Read, RegionServiceClient, get_region, request)?;
+        reply.region.ok_or_else(|| Error::protocol("no region in the reply"))
+    }
+
+    /// The links over which this region pulls; `None` for those with every region.
+    ///
+    /// # Errors
+    /// As any read.
+    pub async fn list_links(&self, peer_region: Option<&str>) -> Result<v1::ListLinksResponse> {
+        let peer_region = peer_region.unwrap_or_default().to_owned();
+        let request = v1::ListLinksRequest { peer_region };
+        ask!(self, Safety::Read, RegionServiceClient, list_links, request)
+    }
+
+    /// Creates a namespace in every region.
+    ///
+    /// # Errors
+    /// [`Error::Precondition`] if the name is taken; [`Error::Unavailable`] if the catalog's home
+    /// region cannot be reached.
+    pub async fn create_namespace(
+        &self,
+        name: impl Into<String>,
+        rule: v1::Rule,
+    ) -> Result<v1::Namespace> {
+        let namespace =
+            v1::Namespace { name: name.into(), rule: rule.into(), ..Default::default() };
+        let request =
+            v1::CreateNamespaceRequest { namespace: Some(namespace), validate_only: false };
+        let reply = ask!(self, Safety::Once, NamespaceServiceClient, create_namespace, request)?;
+        reply.namespace.ok_or_else(|| Error::protocol("no namespace in the reply"))
+    }
+
+    /// One namespace.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], or as any read.
+    pub async fn get_namespace(&self, name: impl Into<String>) -> Result<v1::Namespace> {
+        let request = v1::GetNamespaceRequest { name: name.into() };
+        let reply = ask!(self, Safety::Read, NamespaceServiceClient, get_namespace, request)?;
+        reply.namespace.ok_or_else(|| Error::protocol("no namespace in the reply"))
+    }
+
+    /// All namespaces, in order of their names.
+    ///
+    /// # Errors
+    /// As any read.
+    pub async fn list_namespaces(&self) -> Result<Vec<v1::Namespace>> {
+        let mut namespaces = Vec::new();
+        let mut page_token = String::new();
+        loop {
+            let request = v1::ListNamespacesRequest { page_size: PAGE_SIZE, page_token };
+            let reply = ask!(self, Safety::Read, NamespaceServiceClient, list_namespaces, request)?;
+            namespaces.extend(reply.namespaces);
+            page_token = reply.next_page_token;
+            if page_token.is_empty() {
+                return Ok(namespaces);
+            }
+        }
+    }
+
+    /// Deletes a namespace with all its keys, in every region. With an `etag`, only if that is
+    /// still current.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::Precondition`] for another etag, or [`Error::Unavailable`].
+    pub async fn delete_namespace(
+        &self,
+        name: impl Into<String>,
+        etag: Option<String>,
+    ) -> Result<()> {
+        let request =
+            v1::DeleteNamespaceRequest { name: name.into(), etag: etag.unwrap_or_default() };
+        ask!(self, Safety::Once, NamespaceServiceClient, delete_namespace, request)?;
+        Ok(())
+    }
+}

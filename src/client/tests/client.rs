@@ -1,0 +1,386 @@
+//! The client against a region that misbehaves on command.
+
+mod fake;
+
+use bytes::Bytes;
+use fake::{Fault, Region, joined, refusal, token};
+use futures::TryStreamExt;
+use std::time::Duration;
+use tombolo_client::{Client, ClientConfig, Code, Consistency, Dot, Error, Session, proto};
+use tonic::Status;
+use tonic_types::{ErrorDetails, StatusExt};
+
+async fn connect(region: &Region) -> Client {
+    connect_with(region, ClientConfig::default()).await
+}
+
+async fn connect_with(region: &Region, config: ClientConfig) -> Client {
+    let endpoints = vec![region.addresses[0].clone()];
+    Client::connect(ClientConfig { endpoints, ..config }).await.expect("connected")
+}
+
+fn unknown_outcome() -> Status {
+    refusal(Code::Unavailable, "OUTCOME_UNKNOWN", &[])
+}
+
+#[tokio::test]
+async fn calls_go_straight_to_the_leader_and_forbid_forwarding() {
+    let region = Region::start(3).await;
+    region.state.lock().leader = 2;
+    let client = connect(&region).await;
+    let keys = client.namespace("default");
+
+    let written = keys.put("k", "v").await.expect("written");
+    assert_eq!(written.dot, Dot { region: 1, incarnation: 1, seq: 1 });
+    let got = keys.get("k").await.expect("got");
+    assert_eq!(got.value().expect("a value"), "v");
+    assert_eq!(got.versions[0].dot, written.dot);
+    keys.delete("k").await.expect("deleted");
+    assert_eq!(keys.get("k").await.expect("got").value(), None);
+
+    for call in region.state.lock().calls.iter() {
+        assert_eq!((call.node, call.no_forward, call.has_deadline), (2, true, true), "{call:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_hint_is_followed_at_once_and_remembered() {
+    let region = Region::start(3).await;
+    let client = connect(&region).await;
+    region.state.lock().leader = 3;
+    let keys = client.namespace("default");
+    for _ in 0..2 {
+        keys.put("k", "v").await.expect("written");
+    }
+    let nodes: Vec<u64> = region.calls("put").iter().map(|call| call.node).collect();
+    assert_eq!(nodes, [1, 3, 3]);
+    assert_eq!(region.state.lock().refreshes, 1, "a hint needs no refresh");
+}
+
+#[tokio::test]
+async fn a_refusal_without_a_hint_refreshes_the_topology() {
+    let region = Region::start(3).await;
+    let client = connect(&region).await;
+    {
+        let mut state = region.state.lock();
+        (state.leader, state.term, state.hints) = (2, 2, false);
+    }
+    // Forwarded at first, then the new leader is found.
+    let direct = |call: &fake::Call| call.node == 2 && call.no_forward;
+    let found = async {
+        while !region.calls("put").iter().any(direct) {
+            client.namespace("default").put("k", "v").await.expect("written");
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), found).await.expect("found the new leader");
+}
+
+#[tokio::test]
+async fn a_dead_leader_is_left_for_a_node_that_may_forward() {
+    let region = Region::start(2).await;
+    let dead = region.add_dead_node().await;
+    region.state.lock().advertised = Some(dead);
+    let client = connect(&region).await;
+    client.namespace("default").put("k", "v").await.expect("written");
+    let calls = region.calls("put");
+    assert_eq!(calls.len(), 1);
+    assert!(!calls[0].no_forward, "any node takes it and forwards");
+}
+
+#[tokio::test]
+async fn calls_that_fail_together_refresh_the_topology_once() {
+    let region = Region::start(1).await;
+    let dead = region.add_dead_node().await;
+    region.state.lock().advertised = Some(dead);
+    let client = connect(&region).await;
+    let before = region.state.lock().refreshes;
+    let keys = client.namespace("default");
+    let puts = (0..50).map(|n| keys.put(format!("k{n}"), "v").into_future());
+    futures::future::try_join_all(puts).await.expect("written");
+    let refreshes = region.state.lock().refreshes - before;
+    assert!(refreshes <= 5, "{refreshes} refreshes for 50 failures");
+}
+
+#[tokio::test]
+async fn a_repeat_carries_the_same_request_id_and_is_applied_once() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    region.fail(None, "put", Fault::ApplyThen(unknown_outcome()));
+    region.fail(None, "put", Fault::ApplyThen(Status::cancelled("the node stops")));
+    let written = client.namespace("default").put("k", "v").await.expect("written");
+    assert_eq!(written.dot.seq, 1);
+    let calls = region.calls("put");
+    assert_eq!(calls.len(), 3);
+    assert!(calls.iter().all(|call| call.request_id == calls[0].request_id));
+    assert_ne!(calls[0].request_id.expect("an id").client, 0);
+    assert_eq!(region.state.lock().applied, 1);
+}
+
+#[tokio::test]
+async fn writes_never_share_a_request_id() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    let keys = client.namespace("default");
+    keys.put("a", "1").await.expect("written");
+    keys.clone().put("a", "1").await.expect("written");
+    keys.delete("a").await.expect("deleted");
+    keys.commit().put("a", "2").await.expect("committed");
+    let state = region.state.lock();
+    let mut ids: Vec<_> = state.calls.iter().map(|call| call.request_id.expect("an id")).collect();
+    ids.dedup_by_key(|id| id.number);
+    assert_eq!(ids.len(), 4);
+}
+
+#[tokio::test]
+async fn a_chosen_request_id_finds_out_what_became_of_a_write() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    let keys = client.namespace("default");
+    let id = client.next_request_id();
+    region.fail(None, "put", Fault::ApplyThen(Status::internal("disk")));
+    let error = keys.put("k", "v").request_id(id).await.expect_err("no answer");
+    assert!(error.outcome_unknown(), "{error}");
+    assert_eq!(keys.put("k", "v").request_id(id).await.expect("known").dot.seq, 1);
+    assert_eq!(region.state.lock().applied, 1);
+}
+
+#[tokio::test]
+async fn a_call_without_a_request_id_is_not_repeated_when_its_outcome_is_open() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    region.fail(None, "create_namespace", Fault::ApplyThen(unknown_outcome()));
+    let created = client.admin().create_namespace("carts", proto::Rule::Siblings).await;
+    let error = created.expect_err("not repeated");
+    assert!(matches!(error, Error::Unavailable { outcome_unknown: true, .. }), "{error:?}");
+    assert_eq!(error.reason(), Some("OUTCOME_UNKNOWN"));
+    assert_eq!(region.calls("create_namespace").len(), 1);
+}
+
+#[tokio::test]
+async fn refusals_for_good_are_not_repeated_and_keep_the_servers_words() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    let keys = client.namespace("default");
+    for (code, reason) in [
+        (Code::InvalidArgument, "KEY_TOO_LONG"),
+        (Code::FailedPrecondition, "CLUSTER_MISMATCH"),
+        (Code::PermissionDenied, "NAMESPACE_DENIED"),
+        (Code::ResourceExhausted, "DISK_FULL"),
+        (Code::NotFound, "NAMESPACE_NOT_FOUND"),
+    ] {
+        let before = region.calls("put").len();
+        region.fail(None, "put", Fault::Refuse(refusal(code, reason, &[("limit", "4096")])));
+        let error = keys.put("k", "v").await.expect_err("refused");
+        assert_eq!((error.code(), error.reason()), (code, Some(reason)));
+        assert!(!error.outcome_unknown(), "{error}");
+        assert_eq!(error.detail().expect("said").metadata["limit"], "4096");
+        assert_eq!(region.calls("put").len(), before + 1);
+    }
+}
+
+#[tokio::test]
+async fn an_overloaded_server_is_asked_again_after_the_time_it_names() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    let wait = Duration::from_millis(50);
+    let details = ErrorDetails::with_retry_info(Some(wait));
+    let status = Status::with_error_details(Code::ResourceExhausted, "slow down", details);
+    region.fail(None, "put", Fault::Refuse(status));
+    let begin = std::time::Instant::now();
+    client.namespace("default").put("k", "v").await.expect("written");
+    assert!(begin.elapsed() >= wait);
+    assert_eq!(region.calls("put").len(), 2);
+}
+
+#[tokio::test]
+async fn the_deadline_bounds_a_call_and_says_whether_the_outcome_is_known() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    let keys = client.namespace("default");
+    let deadline = Duration::from_millis(100);
+
+    region.fail(None, "put", Fault::Hang);
+    let error = keys.put("k", "v").deadline(deadline).await.expect_err("out of time");
+    assert!(matches!(error, Error::Deadline { outcome_unknown: true, dot: None, .. }), "{error:?}");
+    assert_eq!(error.code(), Code::DeadlineExceeded);
+
+    region.fail(None, "get", Fault::Hang);
+    let error = keys.get("k").deadline(deadline).await.expect_err("out of time");
+    assert!(matches!(error, Error::Deadline { outcome_unknown: false, .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_node_that_hangs_is_left_for_another_with_the_same_request_id() {
+    let region = Region::start(2).await;
+    let attempt_timeout = Duration::from_millis(100);
+    let config = ClientConfig { attempt_timeout, ..Default::default() };
+    let client = connect_with(&region, config).await;
+    region.fail(Some(1), "put", Fault::Hang);
+    client.namespace("default").put("k", "v").await.expect("written");
+    let calls = region.calls("put");
+    assert_eq!(calls.iter().map(|call| call.node).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(calls[0].request_id, calls[1].request_id);
+}
+
+#[tokio::test]
+async fn missing_acknowledgements_come_with_the_dot_of_the_write_that_stands() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    let status = refusal(Code::DeadlineExceeded, "ACK_REGIONS_PENDING", &[("dot", "1.1:9")]);
+    region.fail(None, "put", Fault::ApplyThen(status));
+    let put = client.namespace("default").put("k", "v").ack_regions(2);
+    let error = put.await.expect_err("out of time");
+    assert!(!error.outcome_unknown(), "it stands");
+    let Error::Deadline { dot, .. } = error else { panic!("{error:?}") };
+    assert_eq!(dot, Some(Dot { region: 1, incarnation: 1, seq: 9 }));
+}
+
+#[tokio::test]
+async fn a_session_sends_what_it_has_seen_and_then_reads_causally() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    let session = client.session();
+    let keys = client.namespace("default").with_session(&session);
+    keys.get("k").await.expect("got");
+    keys.put("k", "v").await.expect("written");
+    keys.get("k").await.expect("got");
+    keys.get("k").consistency(Consistency::Local).await.expect("got");
+
+    let gets = region.calls("get");
+    let level = |at: usize| gets[at].consistency.and_then(|it| it.level).expect("a level");
+    use proto::read_consistency::Level;
+    assert_eq!(level(0), Level::Linearizable(proto::Linearizable {}));
+    assert!(gets[0].token.is_empty());
+    assert_eq!(level(1), Level::Causal(proto::Causal {}));
+    assert_eq!(gets[1].token, token(b"k", 1));
+    assert_eq!(level(2), Level::Local(proto::Local {}));
+}
+
+#[tokio::test]
+async fn concurrent_calls_of_one_session_lose_nothing_seen() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    let session = client.session();
+    let keys = client.namespace("default").with_session(&session);
+    let puts = (0..8).map(|n| keys.put(format!("k{n}"), "v").into_future());
+    let written = futures::future::try_join_all(puts).await.expect("written");
+    assert!(region.calls("put").iter().all(|call| call.token.is_empty()), "side by side");
+    let tokens: Vec<&[u8]> = written.iter().map(|it| &it.token[..]).collect();
+    assert_eq!(session.token(), joined(&tokens));
+
+    let other = Session::from_token(token(b"elsewhere", 99));
+    other.merge(&session.token()).expect("one cluster");
+    assert_eq!(other.token(), joined(&[&token(b"elsewhere", 99), &session.token()]));
+    assert!(matches!(other.merge(&Bytes::from_static(b"junk")), Err(Error::Invalid { .. })));
+}
+
+#[tokio::test]
+async fn a_batch_of_any_size_answers_in_the_order_asked() {
+    let region = Region::start(2).await;
+    let client = connect(&region).await;
+    let names: Vec<String> = (0..300).map(|n| format!("k{n}")).collect();
+    for name in names.iter().step_by(2) {
+        region.put("default", name.clone(), name.clone());
+    }
+    let gots = client.namespace("default").batch_get(&names).await.expect("got");
+    assert_eq!(gots.len(), names.len());
+    for (at, (name, got)) in names.iter().zip(&gots).enumerate() {
+        assert_eq!(&got.key[..], name.as_bytes());
+        assert_eq!(got.value().is_some(), at % 2 == 0, "{name}");
+    }
+    assert!(region.calls("batch_get").iter().all(|call| !call.no_forward));
+}
+
+#[tokio::test]
+async fn a_scan_survives_broken_streams_without_losing_or_repeating_a_key() {
+    let region = Region::start(3).await;
+    let client = connect(&region).await;
+    for n in 0..20 {
+        region.put("default", format!("k{n:02}"), "v");
+    }
+    region.put("default", "other", "v");
+    region.fail(None, "scan", Fault::BreakScan(2));
+    region.fail(None, "scan", Fault::BreakScan(0));
+    region.fail(None, "scan", Fault::BreakScan(1));
+    let keys = client.namespace("default");
+    let entries: Vec<_> =
+        keys.scan().prefix("k").limit(17).stream().try_collect().await.expect("all");
+    let found: Vec<_> = entries.iter().map(|entry| entry.key.clone()).collect();
+    let wanted: Vec<_> = (0..17).map(|n| Bytes::from(format!("k{n:02}"))).collect();
+    assert_eq!(found, wanted);
+    assert_eq!(region.calls("scan").len(), 4);
+}
+
+#[tokio::test]
+async fn a_scan_has_ranges_both_directions_and_keys_only() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    for key in ["a", "b", "c", "d"] {
+        region.put("default", key, "v");
+    }
+    let keys = client.namespace("default");
+    let listed = |entries: Vec<tombolo_client::Entry>| {
+        entries.iter().map(|it| String::from_utf8_lossy(&it.key).into_owned()).collect::<String>()
+    };
+    assert_eq!(listed(keys.scan().range("b".."d").collect().await.expect("all")), "bc");
+    assert_eq!(listed(keys.scan().range("b"..="d").collect().await.expect("all")), "bcd");
+    assert_eq!(listed(keys.scan().range("c"..).reverse().collect().await.expect("all")), "dc");
+    assert_eq!(listed(keys.scan().limit(1).collect().await.expect("all")), "a");
+    let bare = keys.scan().keys_only().collect().await.expect("all");
+    assert!(bare.iter().all(|entry| entry.versions[0].value.is_empty()));
+    let empty = client.namespace("empty").scan().collect().await.expect("all");
+    assert!(empty.is_empty());
+}
+
+#[tokio::test]
+async fn a_commit_reports_the_checks_that_failed_with_what_is_there() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    let keys = client.namespace("default");
+    let done = keys.commit().check_absent("{t}a").put("{t}a", "1").put("{t}b", "2").await;
+    let done = done.expect("answered");
+    assert!(done.committed);
+    assert_eq!(done.results.len(), 2);
+
+    let refused = keys
+        .commit()
+        .check_dot("{t}a", done.results[0].dot)
+        .check_absent("{t}b")
+        .check_value("{t}a", "9")
+        .delete("{t}a")
+        .await
+        .expect("answered");
+    assert!(!refused.committed);
+    let failed: Vec<_> = refused.failed.iter().map(|it| (it.check, it.key.clone())).collect();
+    assert_eq!(failed, [(1, "{t}b".into()), (2, "{t}a".into())]);
+    assert_eq!(refused.failed[0].versions[0].value, "2");
+    assert!(matches!(keys.commit().await, Err(Error::Invalid { .. })), "an empty commit");
+}
+
+#[tokio::test]
+async fn administration_follows_pages_and_names_what_is_missing() {
+    let region = Region::start(1).await;
+    let admin = connect(&region).await.admin();
+    for name in ["a", "b", "c", "d", "e"] {
+        admin.create_namespace(name, proto::Rule::Lww).await.expect("created");
+    }
+    let names: Vec<_> =
+        admin.list_namespaces().await.expect("listed").into_iter().map(|it| it.name).collect();
+    assert_eq!(names, ["a", "b", "c", "d", "e"]);
+    let taken = admin.create_namespace("a", proto::Rule::Lww).await;
+    assert!(matches!(taken, Err(Error::Precondition { .. })));
+    admin.delete_namespace("a", None).await.expect("deleted");
+    assert!(matches!(admin.get_namespace("a").await, Err(Error::NotFound { .. })));
+    assert_eq!(admin.list_nodes().await.expect("listed").len(), 1);
+    assert_eq!(admin.list_shards().await.expect("listed").len(), usize::from(fake::SHARDS));
+}
+
+#[tokio::test]
+async fn connecting_to_nobody_fails_at_once_and_by_name() {
+    let endpoints = vec!["127.0.0.1:1".to_owned()];
+    let config = ClientConfig { endpoints, ..Default::default() };
+    let error = Client::connect(config).await.expect_err("nobody there");
+    assert!(matches!(error, Error::Unavailable { outcome_unknown: false, .. }), "{error:?}");
+    let none = Client::connect(ClientConfig::default()).await;
+    assert!(matches!(none, Err(Error::Invalid { .. })));
+}

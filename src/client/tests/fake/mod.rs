@@ -1,0 +1,736 @@
+//! A region made of in-process servers over one shared map, which does as it is told: it leads
+//! from where a test says, refuses, hangs, forgets to answer, and logs each call it sees.
+//!
+//! Shared by the tests of `tombolo-client` and `tombolo-commands`.
+
+#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(clippy::cast_possible_truncation, reason = "a fake holds little")]
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use std::collections::{BTreeMap, VecDeque};
+use std::pin::Pin;
+use std::sync::Arc;
+use tokio_stream::Stream;
+use tombolo_core::id::{Actor, NamespaceId, RegionId};
+use tombolo_core::placement::shard_of_key;
+use tombolo_core::token::{ClusterTag, SessionToken};
+use tombolo_core::vector::VersionVector;
+use tombolo_proto::v1;
+use tombolo_proto::v1::cluster_service_server::{ClusterService, ClusterServiceServer};
+use tombolo_proto::v1::kv_service_server::{KvService, KvServiceServer};
+use tombolo_proto::v1::namespace_service_server::{NamespaceService, NamespaceServiceServer};
+use tombolo_proto::v1::region_service_server::{RegionService, RegionServiceServer};
+use tonic::transport::server::TcpIncoming;
+use tonic::{Code, Request, Response, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+pub(crate) const SHARDS: u16 = 4;
+const CLUSTER: &str = "fake";
+
+/// What goes wrong, once, with the next call that matches.
+#[derive(Debug)]
+pub(crate) enum Fault {
+    /// Refuses with this and does nothing.
+    Refuse(Status),
+    /// Does it, then answers with this all the same.
+    ApplyThen(Status),
+    /// Never answers.
+    Hang,
+    /// Sends this many pages of a scan, then breaks the stream.
+    BreakScan(usize),
+}
+
+/// One call as a node saw it.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Call {
+    pub(crate) node: u64,
+    pub(crate) method: &'static str,
+    pub(crate) key: Bytes,
+    pub(crate) no_forward: bool,
+    pub(crate) has_deadline: bool,
+    pub(crate) request_id: Option<v1::RequestId>,
+    pub(crate) token: Bytes,
+    pub(crate) consistency: Option<v1::ReadConsistency>,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    /// The node that leads all shards.
+    pub(crate) leader: u64,
+    pub(crate) term: u64,
+    /// What `GetCluster` says instead.
+    pub(crate) advertised: Option<u64>,
+    /// Refusals name the leader.
+    pub(crate) hints: bool,
+    pub(crate) page_keys: usize,
+    pub(crate) faults: VecDeque<(Option<u64>, &'static str, Fault)>,
+    pub(crate) calls: Vec<Call>,
+    pub(crate) refreshes: usize,
+    pub(crate) data: BTreeMap<(String, Bytes), Vec<v1::Version>>,
+    pub(crate) namespaces: BTreeMap<String, v1::Namespace>,
+    pub(crate) links: Vec<v1::Link>,
+    /// Writes applied, repeats not counted.
+    pub(crate) applied: u64,
+    remembered: BTreeMap<(u64, u64), v1::Dot>,
+    addresses: Vec<String>,
+}
+
+/// The region; servers end with the test's runtime.
+#[derive(Clone)]
+pub(crate) struct Region {
+    pub(crate) state: Arc<Mutex<State>>,
+    pub(crate) addresses: Vec<String>,
+}
+
+impl Region {
+    /// Starts nodes 1..=count; node 1 leads.
+    pub(crate) async fn start(count: usize) -> Self {
+        let state = Arc::new(Mutex::new(State {
+            leader: 1,
+            term: 1,
+            hints: true,
+            page_keys: 3,
+            ..State::default()
+        }));
+        let mut addresses = Vec::new();
+        for node in 1..=count as u64 {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bound");
+            addresses.push(listener.local_addr().expect("bound").to_string());
+            let server = Node { node, state: state.clone() };
+            tokio::spawn(
+                tonic::transport::Server::builder()
+                    .add_service(KvServiceServer::new(server.clone()))
+                    .add_service(ClusterServiceServer::new(server.clone()))
+                    .add_service(NamespaceServiceServer::new(server.clone()))
+                    .add_service(RegionServiceServer::new(server))
+                    .serve_with_incoming(TcpIncoming::from(listener)),
+            );
+        }
+        state.lock().addresses.clone_from(&addresses);
+        Self { state, addresses }
+    }
+
+    /// Lists one more node, at which nobody answers.
+    pub(crate) async fn add_dead_node(&self) -> u64 {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        let mut state = self.state.lock();
+        state.addresses.push(listener.local_addr().expect("bound").to_string());
+        state.addresses.len() as u64
+    }
+
+    /// The next call of `method` goes wrong, at `node` or at any.
+    pub(crate) fn fail(&self, node: Option<u64>, method: &'static str, fault: Fault) {
+        self.state.lock().faults.push_back((node, method, fault));
+    }
+
+    pub(crate) fn calls(&self, method: &str) -> Vec<Call> {
+        let state = self.state.lock();
+        state.calls.iter().filter(|call| call.method == method).cloned().collect()
+    }
+
+    pub(crate) fn put(&self, namespace: &str, key: impl Into<Bytes>, value: impl Into<Bytes>) {
+        self.state.lock().write(namespace, key.into(), Some(value.into()), None, true);
+    }
+
+    /// Adds a concurrent value.
+    pub(crate) fn put_concurrent(
+        &self,
+        namespace: &str,
+        key: impl Into<Bytes>,
+        value: impl Into<Bytes>,
+    ) {
+        self.state.lock().write(namespace, key.into(), Some(value.into()), None, false);
+    }
+
+    pub(crate) fn values(&self, namespace: &str) -> Vec<(Bytes, Bytes)> {
+        let state = self.state.lock();
+        let mine = state.data.iter().filter(|((name, _), _)| name == namespace);
+        mine.map(|((_, key), versions)| (key.clone(), data_of(&versions[0]))).collect()
+    }
+}
+
+pub(crate) fn refusal(code: Code, reason: &str, metadata: &[(&str, &str)]) -> Status {
+    let pairs = metadata.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+    let details = ErrorDetails::with_error_info(
+        reason,
+        "tombolo",
+        pairs.collect::<std::collections::HashMap<_, _>>(),
+    );
+    Status::with_error_details(code, reason.to_lowercase().replace('_', " "), details)
+}
+
+pub(crate) fn data_of(version: &v1::Version) -> Bytes {
+    match version.value.as_ref().and_then(|value| value.kind.as_ref()) {
+        Some(v1::value::Kind::Data(data)) => data.clone(),
+        _ => Bytes::new(),
+    }
+}
+
+/// The token that covers write `seq` of a key.
+pub(crate) fn token(key: &[u8], seq: u64) -> Bytes {
+    let mut seen = VersionVector::default();
+    seen.advance(Actor { region: RegionId(1), incarnation: 1 }, seq);
+    let mut token = SessionToken::default();
+    token.observe(NamespaceId(1), shard_of_key(key, SHARDS), &seen);
+    token.encode(ClusterTag::of(CLUSTER))
+}
+
+pub(crate) fn joined(tokens: &[&[u8]]) -> Bytes {
+    tombolo_core::token::merge(tokens).expect("tokens of this fake")
+}
+
+impl State {
+    fn write(
+        &mut self,
+        namespace: &str,
+        key: Bytes,
+        value: Option<Bytes>,
+        id: Option<v1::RequestId>,
+        replace: bool,
+    ) -> v1::Dot {
+        let id = id.map(|id| (id.client, id.number));
+        if let Some(dot) = id.and_then(|id| self.remembered.get(&id)) {
+            return *dot;
+        }
+        self.applied += 1;
+        let seq = self.applied;
+        let dot = v1::Dot { region: 1, incarnation: 1, seq };
+        let slot = (namespace.to_owned(), key);
+        match value {
+            Some(data) => {
+                let version = v1::Version {
+                    dot: Some(dot),
+                    value: Some(v1::Value { kind: Some(v1::value::Kind::Data(data)) }),
+                    origin_region: "us".into(),
+                    write_time: Some(prost_types::Timestamp {
+                        seconds: 1_700_000_000 + seq as i64,
+                        nanos: 0,
+                    }),
+                    hybrid_time: ((1_700_000_000 + seq) * 1000) << 16,
+                    expire_time: None,
+                };
+                let versions = self.data.entry(slot).or_default();
+                if replace {
+                    versions.clear();
+                }
+                versions.push(version);
+            }
+            None => {
+                self.data.remove(&slot);
+            }
+        }
+        if let Some(id) = id {
+            self.remembered.insert(id, dot);
+        }
+        dot
+    }
+
+    fn versions(&self, namespace: &str, key: &Bytes, keys_only: bool) -> Vec<v1::Version> {
+        let mut versions =
+            self.data.get(&(namespace.to_owned(), key.clone())).cloned().unwrap_or_default();
+        if keys_only {
+            versions.iter_mut().for_each(|version| version.value = None);
+        }
+        versions
+    }
+
+    fn pages(
+        &self,
+        request: &v1::ScanRequest,
+        keys: &[Bytes],
+        page_keys: usize,
+    ) -> Vec<Result<v1::ScanResponse, Status>> {
+        let result = |key: &Bytes| v1::KeyResult {
+            key: key.clone(),
+            versions: self.versions(&request.namespace, key, request.keys_only),
+            context: Bytes::new(),
+        };
+        let page = |chunk: &[Bytes], last: bool| v1::ScanResponse {
+            results: chunk.iter().map(result).collect(),
+            page_token: if last { Bytes::new() } else { chunk[chunk.len() - 1].clone() },
+            session_token: request.session_token.clone(),
+        };
+        let pages = keys.len().div_ceil(page_keys);
+        let chunks = keys.chunks(page_keys).enumerate();
+        let mut pages: Vec<_> =
+            chunks.map(|(at, chunk)| Ok(page(chunk, at + 1 == pages))).collect();
+        if pages.is_empty() {
+            pages.push(Ok(v1::ScanResponse::default()));
+        }
+        pages
+    }
+
+    fn holds(&self, namespace: &str, check: &v1::Check) -> bool {
+        use v1::check::Condition;
+        let versions = self.versions(namespace, &check.key, false);
+        match check.condition.as_ref().expect("a condition") {
+            Condition::Absent(_) => versions.is_empty(),
+            Condition::Present(_) => !versions.is_empty(),
+            Condition::DotEquals(dot) => versions.len() == 1 && versions[0].dot == Some(*dot),
+            Condition::DataEquals(data) => versions.len() == 1 && data_of(&versions[0]) == data,
+        }
+    }
+
+    fn node_list(&self) -> Vec<v1::Node> {
+        let node = |(at, address): (usize, &String)| v1::Node {
+            node_id: at as u64 + 1,
+            client_address: address.clone(),
+            http_address: String::new(),
+            state: v1::NodeState::Up.into(),
+            last_seen_seconds: 0.0,
+            version: "0.1.0".into(),
+        };
+        self.addresses.iter().enumerate().map(node).collect()
+    }
+}
+
+#[derive(Clone)]
+struct Node {
+    node: u64,
+    state: Arc<Mutex<State>>,
+}
+
+impl Node {
+    /// Logs the call, refuses what this node does not lead, and takes the fault meant for it.
+    fn enter<T>(&self, request: &Request<T>, call: Call) -> Result<Option<Fault>, Status> {
+        let metadata = request.metadata();
+        let no_forward = metadata.get("x-tombolo-no-forward").is_some();
+        let has_deadline = metadata.get("grpc-timeout").is_some();
+        assert!(metadata.get("x-tombolo-client").is_some(), "the client names itself");
+        let method = call.method;
+        let mut state = self.state.lock();
+        state.calls.push(Call { node: self.node, no_forward, has_deadline, ..call });
+        let matching = state.faults.iter().position(|(node, name, _)| {
+            node.is_none_or(|node| node == self.node) && *name == method
+        });
+        let fault = matching.and_then(|at| state.faults.remove(at)).map(|(_, _, fault)| fault);
+        if let Some(Fault::Refuse(status)) = fault {
+            return Err(status);
+        }
+        if fault.is_none() && no_forward && state.leader != self.node {
+            let leader = state.addresses[state.leader as usize - 1].clone();
+            let hint: &[(&str, &str)] = if state.hints { &[("leader", &leader)] } else { &[] };
+            return Err(refusal(Code::Unavailable, "NOT_LEADER", hint));
+        }
+        Ok(fault)
+    }
+}
+
+fn call(method: &'static str, key: &Bytes, token: &Bytes) -> Call {
+    Call {
+        node: 0,
+        method,
+        key: key.clone(),
+        no_forward: false,
+        has_deadline: false,
+        request_id: None,
+        token: token.clone(),
+        consistency: None,
+    }
+}
+
+async fn finish<T>(fault: Option<Fault>, reply: T) -> Result<Response<T>, Status> {
+    match fault {
+        None | Some(Fault::BreakScan(_)) => Ok(Response::new(reply)),
+        Some(Fault::Refuse(status) | Fault::ApplyThen(status)) => Err(status),
+        Some(Fault::Hang) => std::future::pending().await,
+    }
+}
+
+#[tonic::async_trait]
+impl KvService for Node {
+    async fn get(
+        &self,
+        request: Request<v1::GetRequest>,
+    ) -> Result<Response<v1::GetResponse>, Status> {
+        let body = request.get_ref().clone();
+        let seen =
+            Call { consistency: body.consistency, ..call("get", &body.key, &body.session_token) };
+        let fault = self.enter(&request, seen)?;
+        let versions = self.state.lock().versions(&body.namespace, &body.key, body.keys_only);
+        let seq = versions.iter().filter_map(|version| version.dot).map(|dot| dot.seq).max();
+        let seen = seq.map(|seq| token(&body.key, seq)).unwrap_or_default();
+        let reply = v1::GetResponse {
+            context: Bytes::from(format!("context-of-{}", seq.unwrap_or(0))),
+            session_token: joined(&[&body.session_token, &seen]),
+            revision: Some(v1::Revision { shard: 0, term: 1, index: seq.unwrap_or(0) }),
+            versions,
+        };
+        finish(fault, reply).await
+    }
+
+    async fn batch_get(
+        &self,
+        request: Request<v1::BatchGetRequest>,
+    ) -> Result<Response<v1::BatchGetResponse>, Status> {
+        let body = request.get_ref().clone();
+        let seen = call("batch_get", &body.keys[0], &body.session_token);
+        let fault = self.enter(&request, seen)?;
+        assert!(body.keys.len() <= 128, "at most 128 keys a batch");
+        let results = {
+            let state = self.state.lock();
+            let result = |key: &Bytes| v1::KeyResult {
+                key: key.clone(),
+                versions: state.versions(&body.namespace, key, body.keys_only),
+                context: Bytes::new(),
+            };
+            body.keys.iter().map(result).collect()
+        };
+        finish(fault, v1::BatchGetResponse { results, session_token: body.session_token }).await
+    }
+
+    type ScanStream = Pin<Box<dyn Stream<Item = Result<v1::ScanResponse, Status>> + Send>>;
+
+    async fn scan(
+        &self,
+        request: Request<v1::ScanRequest>,
+    ) -> Result<Response<Self::ScanStream>, Status> {
+        let body = request.get_ref().clone();
+        let fault = self.enter(&request, call("scan", &body.start_key, &body.session_token))?;
+        let (mut keys, page_keys) = {
+            let state = self.state.lock();
+            let wanted = |key: &Bytes| {
+                key.starts_with(&body.prefix)
+                    && *key >= body.start_key
+                    && (body.end_key.is_empty() || *key < body.end_key)
+            };
+            let mine =
+                state.data.keys().filter(|(name, key)| *name == body.namespace && wanted(key));
+            (mine.map(|(_, key)| key.clone()).collect::<Vec<_>>(), state.page_keys)
+        };
+        if body.reverse {
+            keys.reverse();
+        }
+        if !body.page_token.is_empty() {
+            let at = keys.iter().position(|key| *key == body.page_token).expect("a key as token");
+            keys.drain(..=at);
+        }
+        if body.limit > 0 {
+            keys.truncate(body.limit as usize);
+        }
+        if let Some(Fault::Hang) = fault {
+            std::future::pending::<()>().await;
+        }
+        let mut pages = self.state.lock().pages(&body, &keys, page_keys);
+        if let Some(Fault::BreakScan(whole)) = &fault {
+            pages.truncate(*whole);
+            pages.push(Err(Status::unavailable("the node stops")));
+        }
+        Ok(Response::new(Box::pin(tokio_stream::iter(pages))))
+    }
+
+    async fn put(
+        &self,
+        request: Request<v1::PutRequest>,
+    ) -> Result<Response<v1::PutResponse>, Status> {
+        let body = request.get_ref().clone();
+        let seen =
+            Call { request_id: body.request_id, ..call("put", &body.key, &body.session_token) };
+        let fault = self.enter(&request, seen)?;
+        if let Some(Fault::Hang) = fault {
+            std::future::pending::<()>().await;
+        }
+        let Some(v1::value::Kind::Data(data)) = body.value.and_then(|value| value.kind) else {
+            return Err(Status::unimplemented("only data"));
+        };
+        if data.len() > 1 << 20 {
+            return Err(refusal(Code::InvalidArgument, "VALUE_TOO_LARGE", &[]));
+        }
+        let dot = self.state.lock().write(
+            &body.namespace,
+            body.key.clone(),
+            Some(data),
+            body.request_id,
+            true,
+        );
+        let reply = v1::PutResponse {
+            context: Bytes::from(format!("context-of-{}", dot.seq)),
+            session_token: joined(&[&body.session_token, &token(&body.key, dot.seq)]),
+            conflict: false,
+            dot: Some(dot),
+            write_time: None,
+            hybrid_time: ((1_700_000_000 + dot.seq) * 1000) << 16,
+            revision: Some(v1::Revision { shard: 0, term: 1, index: dot.seq }),
+        };
+        finish(fault, reply).await
+    }
+
+    async fn delete(
+        &self,
+        request: Request<v1::DeleteRequest>,
+    ) -> Result<Response<v1::DeleteResponse>, Status> {
+        let body = request.get_ref().clone();
+        let seen =
+            Call { request_id: body.request_id, ..call("delete", &body.key, &body.session_token) };
+        let fault = self.enter(&request, seen)?;
+        let dot =
+            self.state.lock().write(&body.namespace, body.key.clone(), None, body.request_id, true);
+        let reply = v1::DeleteResponse {
+            context: Bytes::from(format!("context-of-{}", dot.seq)),
+            session_token: joined(&[&body.session_token, &token(&body.key, dot.seq)]),
+            conflict: false,
+            dot: Some(dot),
+            write_time: None,
+            hybrid_time: ((1_700_000_000 + dot.seq) * 1000) << 16,
+            revision: Some(v1::Revision { shard: 0, term: 1, index: dot.seq }),
+        };
+        finish(fault, reply).await
+    }
+
+    async fn mutate(
+        &self,
+        _: Request<v1::MutateRequest>,
+    ) -> Result<Response<v1::MutateResponse>, Status> {
+        Err(Status::unimplemented("not served yet"))
+    }
+
+    async fn commit(
+        &self,
+        request: Request<v1::CommitRequest>,
+    ) -> Result<Response<v1::CommitResponse>, Status> {
+        let body = request.get_ref().clone();
+        let seen = Call {
+            request_id: body.request_id,
+            ..call(
+                "commit",
+                &body.writes.first().map(|w| w.key.clone()).unwrap_or_default(),
+                &body.session_token,
+            )
+        };
+        let fault = self.enter(&request, seen)?;
+        let reply = {
+            let mut state = self.state.lock();
+            let failed: Vec<v1::FailedCheck> = body
+                .checks
+                .iter()
+                .enumerate()
+                .filter(|(_, check)| !state.holds(&body.namespace, check))
+                .map(|(at, check)| v1::FailedCheck {
+                    check: at as u32,
+                    versions: state.versions(&body.namespace, &check.key, false),
+                    context: Bytes::new(),
+                })
+                .collect();
+            let mut results = Vec::new();
+            if failed.is_empty() {
+                for write in body.writes {
+                    let value = match write.action.expect("an action") {
+                        v1::write::Action::Put(value) => match value.kind {
+                            Some(v1::value::Kind::Data(data)) => Some(data),
+                            _ => None,
+                        },
+                        v1::write::Action::Delete(_) => None,
+                    };
+                    let dot = state.write(&body.namespace, write.key, value, None, true);
+                    results.push(v1::WriteResult {
+                        context: Bytes::from(format!("context-of-{}", dot.seq)),
+                        conflict: false,
+                        dot: Some(dot),
+                        hybrid_time: ((1_700_000_000 + dot.seq) * 1000) << 16,
+                    });
+                }
+            }
+            v1::CommitResponse {
+                committed: failed.is_empty(),
+                failed_checks: failed,
+                session_token: body.session_token,
+                results,
+                revision: None,
+            }
+        };
+        finish(fault, reply).await
+    }
+
+    async fn await_replication(
+        &self,
+        _: Request<v1::AwaitReplicationRequest>,
+    ) -> Result<Response<v1::AwaitReplicationResponse>, Status> {
+        Err(Status::unimplemented("not served yet"))
+    }
+}
+
+#[tonic::async_trait]
+impl ClusterService for Node {
+    async fn get_cluster(
+        &self,
+        _: Request<v1::GetClusterRequest>,
+    ) -> Result<Response<v1::GetClusterResponse>, Status> {
+        let mut state = self.state.lock();
+        state.refreshes += 1;
+        let leader_node_id = state.advertised.unwrap_or(state.leader);
+        let term = state.term;
+        let leader = |shard: u16| v1::ShardLeader { shard: u32::from(shard), leader_node_id, term };
+        Ok(Response::new(v1::GetClusterResponse {
+            cluster_id: CLUSTER.into(),
+            region: "us".into(),
+            node_id: self.node,
+            version: "0.1.0".into(),
+            shard_count: u32::from(SHARDS),
+            nodes: state.node_list(),
+            leaders: (0..SHARDS).map(leader).collect(),
+            time: None,
+        }))
+    }
+
+    async fn list_nodes(
+        &self,
+        _: Request<v1::ListNodesRequest>,
+    ) -> Result<Response<v1::ListNodesResponse>, Status> {
+        Ok(Response::new(v1::ListNodesResponse { nodes: self.state.lock().node_list() }))
+    }
+
+    async fn list_shards(
+        &self,
+        _: Request<v1::ListShardsRequest>,
+    ) -> Result<Response<v1::ListShardsResponse>, Status> {
+        let state = self.state.lock();
+        let shard = |shard: u16| v1::Shard {
+            shard: u32::from(shard),
+            leader_node_id: state.leader,
+            term: state.term,
+            commit_index: 7,
+            applied_index: 7,
+            ..Default::default()
+        };
+        Ok(Response::new(v1::ListShardsResponse { shards: (0..SHARDS).map(shard).collect() }))
+    }
+}
+
+#[tonic::async_trait]
+impl RegionService for Node {
+    async fn list_regions(
+        &self,
+        _: Request<v1::ListRegionsRequest>,
+    ) -> Result<Response<v1::ListRegionsResponse>, Status> {
+        let us = v1::Region {
+            name: "us".into(),
+            number: 1,
+            local: true,
+            link_addresses: vec!["127.0.0.1:7103".into()],
+            state: v1::RegionState::Up.into(),
+            lag_seconds: 0.0,
+            shards_with_leader: u32::from(SHARDS),
+            nodes_up: 1,
+            nodes: 1,
+        };
+        let eu = v1::Region {
+            name: "eu".into(),
+            number: 2,
+            local: false,
+            link_addresses: vec!["127.0.0.1:7203".into()],
+            state: v1::RegionState::Degraded.into(),
+            lag_seconds: 12.5,
+            ..Default::default()
+        };
+        Ok(Response::new(v1::ListRegionsResponse { regions: vec![us, eu], unreachable: vec![] }))
+    }
+
+    async fn get_region(
+        &self,
+        _: Request<v1::GetRegionRequest>,
+    ) -> Result<Response<v1::GetRegionResponse>, Status> {
+        Err(refusal(Code::NotFound, "REGION_NOT_FOUND", &[]))
+    }
+
+    async fn list_links(
+        &self,
+        _: Request<v1::ListLinksRequest>,
+    ) -> Result<Response<v1::ListLinksResponse>, Status> {
+        let links = self.state.lock().links.clone();
+        Ok(Response::new(v1::ListLinksResponse { links, unreachable: vec![] }))
+    }
+
+    async fn pause_link(
+        &self,
+        _: Request<v1::PauseLinkRequest>,
+    ) -> Result<Response<v1::PauseLinkResponse>, Status> {
+        Err(Status::unimplemented("not served yet"))
+    }
+
+    async fn resume_link(
+        &self,
+        _: Request<v1::ResumeLinkRequest>,
+    ) -> Result<Response<v1::ResumeLinkResponse>, Status> {
+        Err(Status::unimplemented("not served yet"))
+    }
+
+    async fn start_repair(
+        &self,
+        _: Request<v1::StartRepairRequest>,
+    ) -> Result<Response<v1::StartRepairResponse>, Status> {
+        Err(Status::unimplemented("not served yet"))
+    }
+}
+
+#[tonic::async_trait]
+impl NamespaceService for Node {
+    async fn create_namespace(
+        &self,
+        request: Request<v1::CreateNamespaceRequest>,
+    ) -> Result<Response<v1::CreateNamespaceResponse>, Status> {
+        let mut namespace = request.get_ref().namespace.clone().expect("a namespace");
+        let name = Bytes::from(namespace.name.clone());
+        let fault = self.enter(&request, call("create_namespace", &name, &Bytes::new()))?;
+        {
+            let mut state = self.state.lock();
+            if state.namespaces.contains_key(&namespace.name) {
+                return Err(refusal(Code::AlreadyExists, "NAMESPACE_EXISTS", &[]));
+            }
+            namespace.id = state.namespaces.len() as u32 + 2;
+            namespace.etag = "e1".into();
+            namespace.create_time =
+                Some(prost_types::Timestamp { seconds: 1_700_000_000, nanos: 0 });
+            state.namespaces.insert(namespace.name.clone(), namespace.clone());
+        }
+        finish(fault, v1::CreateNamespaceResponse { namespace: Some(namespace) }).await
+    }
+
+    async fn get_namespace(
+        &self,
+        request: Request<v1::GetNamespaceRequest>,
+    ) -> Result<Response<v1::GetNamespaceResponse>, Status> {
+        let name = request.into_inner().name;
+        match self.state.lock().namespaces.get(&name).cloned() {
+            Some(namespace) => {
+                Ok(Response::new(v1::GetNamespaceResponse { namespace: Some(namespace) }))
+            }
+            None => Err(refusal(Code::NotFound, "NAMESPACE_NOT_FOUND", &[("namespace", &name)])),
+        }
+    }
+
+    async fn list_namespaces(
+        &self,
+        request: Request<v1::ListNamespacesRequest>,
+    ) -> Result<Response<v1::ListNamespacesResponse>, Status> {
+        // Two a page, whatever was asked for: pages must be followed.
+        let after = request.into_inner().page_token;
+        let state = self.state.lock();
+        let mut rest = state.namespaces.values().filter(|it| it.name > after).cloned();
+        let namespaces: Vec<_> = rest.by_ref().take(2).collect();
+        let more = rest.next().is_some();
+        let next_page_token = match namespaces.last() {
+            Some(last) if more => last.name.clone(),
+            _ => String::new(),
+        };
+        Ok(Response::new(v1::ListNamespacesResponse { namespaces, next_page_token }))
+    }
+
+    async fn delete_namespace(
+        &self,
+        request: Request<v1::DeleteNamespaceRequest>,
+    ) -> Result<Response<v1::DeleteNamespaceResponse>, Status> {
+        let name = request.into_inner().name;
+        match self.state.lock().namespaces.remove(&name) {
+            Some(_) => Ok(Response::new(v1::DeleteNamespaceResponse {})),
+            None => Err(refusal(Code::NotFound, "NAMESPACE_NOT_FOUND", &[("namespace", &name)])),
+        }
+    }
+
+    async fn update_namespace(
+        &self,
+        _: Request<v1::UpdateNamespaceRequest>,
+    ) -> Result<Response<v1::UpdateNamespaceResponse>, Status> {
+        Err(Status::unimplemented("not served yet"))
+    }
+}

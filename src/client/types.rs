@@ -1,0 +1,303 @@
+//! What calls give back, and how wire messages become it.
+//!
+//! Not here: the messages themselves (`tombolo-proto`, re-exported as [`crate::proto`]).
+
+use crate::error::{Error, Result};
+use bytes::Bytes;
+use std::time::{Duration, SystemTime};
+use tombolo_proto::v1;
+
+/// Bytes of a key or a value, taken from whatever the caller has.
+pub trait IntoBytes {
+    /// Moves where possible, copies what is only borrowed.
+    fn into_bytes(self) -> Bytes;
+}
+
+macro_rules! into_bytes {
+    ($($owned:ty),*; $($borrowed:ty),*) => {
+        $(impl IntoBytes for $owned {
+            fn into_bytes(self) -> Bytes {
+                self.into()
+            }
+        })*
+        $(impl IntoBytes for $borrowed {
+            fn into_bytes(self) -> Bytes {
+                Bytes::copy_from_slice(self.as_ref())
+            }
+        })*
+    };
+}
+into_bytes!(Bytes, Vec<u8>, String; &str, &[u8], &Vec<u8>, &String);
+
+impl IntoBytes for &Bytes {
+    fn into_bytes(self) -> Bytes {
+        self.clone()
+    }
+}
+
+impl<const N: usize> IntoBytes for [u8; N] {
+    fn into_bytes(self) -> Bytes {
+        Bytes::copy_from_slice(&self)
+    }
+}
+
+impl<const N: usize> IntoBytes for &[u8; N] {
+    fn into_bytes(self) -> Bytes {
+        Bytes::copy_from_slice(self)
+    }
+}
+
+/// The identity of one write, equal in every region. Written `region.incarnation:seq`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Dot {
+    /// The region's number in the topology.
+    pub region: u32,
+    pub incarnation: u32,
+    pub seq: u64,
+}
+
+impl std::fmt::Display for Dot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}:{}", self.region, self.incarnation, self.seq)
+    }
+}
+
+/// The text is not three numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a dot is written region.incarnation:seq")]
+pub struct DotError;
+
+impl std::str::FromStr for Dot {
+    type Err = DotError;
+
+    /// Accepts any one punctuation character between the numbers.
+    fn from_str(text: &str) -> Result<Self, DotError> {
+        let mut parts = text.split(|c: char| c.is_ascii_punctuation());
+        let (Some(region), Some(incarnation), Some(seq), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next())
+        else {
+            return Err(DotError);
+        };
+        Ok(Self {
+            region: region.parse().map_err(|_| DotError)?,
+            incarnation: incarnation.parse().map_err(|_| DotError)?,
+            seq: seq.parse().map_err(|_| DotError)?,
+        })
+    }
+}
+
+impl From<v1::Dot> for Dot {
+    fn from(dot: v1::Dot) -> Self {
+        Self { region: dot.region, incarnation: dot.incarnation, seq: dot.seq }
+    }
+}
+
+impl From<Dot> for v1::Dot {
+    fn from(dot: Dot) -> Self {
+        Self { region: dot.region, incarnation: dot.incarnation, seq: dot.seq }
+    }
+}
+
+/// A hybrid time: milliseconds since the Unix epoch in the high 48 bits, a logical counter in the
+/// low 16, so comparing two readings compares two integers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HybridTime(pub u64);
+
+impl HybridTime {
+    /// Milliseconds since the Unix epoch.
+    pub const fn physical_ms(self) -> u64 {
+        self.0 >> 16
+    }
+
+    /// Orders writes within one millisecond.
+    pub const fn logical(self) -> u16 {
+        (self.0 & 0xffff) as u16
+    }
+}
+
+/// Where a reply stands in its shard's history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Revision {
+    pub shard: u32,
+    pub term: u64,
+    pub index: u64,
+}
+
+impl From<v1::Revision> for Revision {
+    fn from(revision: v1::Revision) -> Self {
+        Self { shard: revision.shard, term: revision.term, index: revision.index }
+    }
+}
+
+/// What a put or a delete answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    pub dot: Dot,
+    /// The causal context of the key after this write.
+    pub context: Bytes,
+    /// Covers this write and everything the request's session had seen.
+    pub token: Bytes,
+    /// Concurrent versions remain or were resolved by the namespace's rule.
+    pub conflict: bool,
+    pub time: HybridTime,
+    pub revision: Option<Revision>,
+}
+
+impl TryFrom<v1::PutResponse> for Written {
+    type Error = Error;
+
+    fn try_from(reply: v1::PutResponse) -> Result<Self> {
+        Ok(Self {
+            dot: reply.dot.map(Dot::from).ok_or_else(|| Error::protocol("put without a dot"))?,
+            context: reply.context,
+            token: reply.session_token,
+            conflict: reply.conflict,
+            time: HybridTime(reply.hybrid_time),
+            revision: reply.revision.map(Revision::from),
+        })
+    }
+}
+
+impl TryFrom<v1::DeleteResponse> for Written {
+    type Error = Error;
+
+    fn try_from(reply: v1::DeleteResponse) -> Result<Self> {
+        Ok(Self {
+            dot: reply.dot.map(Dot::from).ok_or_else(|| Error::protocol("delete without a dot"))?,
+            context: reply.context,
+            token: reply.session_token,
+            conflict: reply.conflict,
+            time: HybridTime(reply.hybrid_time),
+            revision: reply.revision.map(Revision::from),
+        })
+    }
+}
+
+/// A live value of a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version {
+    /// Empty when only keys were asked for.
+    pub value: Bytes,
+    pub dot: Dot,
+    pub origin_region: String,
+    pub time: HybridTime,
+    /// When the value expires; `None` if never.
+    pub expire_time: Option<SystemTime>,
+}
+
+impl TryFrom<v1::Version> for Version {
+    type Error = Error;
+
+    fn try_from(version: v1::Version) -> Result<Self> {
+        use v1::value::Kind;
+        let value = match version.value.and_then(|value| value.kind) {
+            Some(Kind::Data(data)) => data,
+            None => Bytes::new(),
+            Some(Kind::Counter(_) | Kind::Set(_) | Kind::Map(_)) => {
+                return Err(Error::protocol("a typed value, which this client does not know"));
+            }
+        };
+        Ok(Self {
+            value,
+            dot: version.dot.map(Dot::from).ok_or_else(|| Error::protocol("no dot"))?,
+            origin_region: version.origin_region,
+            time: HybridTime(version.hybrid_time),
+            expire_time: version.expire_time.and_then(system_time),
+        })
+    }
+}
+
+pub(crate) fn versions(versions: Vec<v1::Version>) -> Result<Vec<Version>> {
+    versions.into_iter().map(Version::try_from).collect()
+}
+
+fn system_time(time: prost_types::Timestamp) -> Option<SystemTime> {
+    let seconds = u64::try_from(time.seconds).ok()?;
+    let nanos = u32::try_from(time.nanos).ok()?;
+    SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds, nanos))
+}
+
+pub(crate) fn proto_duration(duration: Duration) -> prost_types::Duration {
+    prost_types::Duration {
+        seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(duration.subsec_nanos()).unwrap_or(0),
+    }
+}
+
+/// What a get answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Got {
+    pub key: Bytes,
+    /// Empty if the key is absent; more than one if concurrent writes wait for the caller.
+    pub versions: Vec<Version>,
+    /// Give it to a put or a delete to replace exactly what this shows.
+    pub context: Bytes,
+    /// Covers what this shows and everything the request's session had seen.
+    pub token: Bytes,
+    /// `None` in a batch.
+    pub revision: Option<Revision>,
+}
+
+impl Got {
+    /// The value, or the first of several concurrent ones; `None` if the key is absent.
+    pub fn value(&self) -> Option<&Bytes> {
+        self.versions.first().map(|version| &version.value)
+    }
+
+    /// Whether concurrent writes left more than one value.
+    pub fn in_conflict(&self) -> bool {
+        self.versions.len() > 1
+    }
+}
+
+/// One key of a scan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub key: Bytes,
+    /// Never empty.
+    pub versions: Vec<Version>,
+    pub context: Bytes,
+}
+
+impl Entry {
+    /// The value, or the first of several concurrent ones.
+    pub fn value(&self) -> Option<&Bytes> {
+        self.versions.first().map(|version| &version.value)
+    }
+}
+
+impl TryFrom<v1::KeyResult> for Entry {
+    type Error = Error;
+
+    fn try_from(result: v1::KeyResult) -> Result<Self> {
+        let versions = versions(result.versions)?;
+        Ok(Self { key: result.key, versions, context: result.context })
+    }
+}
+
+/// How fresh a read must be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Consistency {
+    /// Sees every write acknowledged in this region before the read began.
+    #[default]
+    Linearizable,
+    /// Sees at least everything that the session has seen, from any region.
+    Causal,
+    /// From any replica whose state is at most this old.
+    MaxStaleness(Duration),
+    /// Whatever the contacted replica has now.
+    Local,
+}
+
+impl From<Consistency> for v1::ReadConsistency {
+    fn from(consistency: Consistency) -> Self {
+        use v1::read_consistency::Level;
+        let level = match consistency {
+            Consistency::Linearizable => Level::Linearizable(v1::Linearizable {}),
+            Consistency::Causal => Level::Causal(v1::Causal {}),
+            Consistency::MaxStaleness(age) => Level::MaxStaleness(proto_duration(age)),
+            Consistency::Local => Level::Local(v1::Local {}),
+        };
+        Self { level: Some(level) }
+    }
+}

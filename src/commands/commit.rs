@@ -1,0 +1,315 @@
+//! `commit`: several writes to keys of one shard, all or none.
+
+use crate::connection::Connection;
+use crate::exit::{Exit, Failure};
+use crate::io::Io;
+use crate::output::{
+    DotJson, Format, KeyEncoding, KeyJson, VersionJson, base64, json, show_value, table,
+    versions_json,
+};
+use crate::session_file::SessionOptions;
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use std::io::{Read, Write};
+use tombolo_client::{Committed, Dot};
+
+/// Applies several writes to keys of one shard, all or none, if all checks hold
+///
+/// Keys share a shard when they share a hash tag, as in {cart-7}:items and {cart-7}:total.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Commit {
+    /// - reads checks and writes as JSON from standard input
+    #[arg(value_name = "-", value_parser = ["-"])]
+    pub input: Option<String>,
+    /// The key must have no value
+    #[arg(long, value_name = "KEY")]
+    pub check_absent: Vec<String>,
+    /// The key must have a value
+    #[arg(long, value_name = "KEY")]
+    pub check_present: Vec<String>,
+    /// The key must have exactly this value
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub check_value: Vec<String>,
+    /// The key must have exactly the value that this write created
+    #[arg(long, value_name = "KEY=DOT")]
+    pub check_dot: Vec<String>,
+    /// Store a value
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub put: Vec<String>,
+    /// Delete a key
+    #[arg(long, value_name = "KEY")]
+    pub delete: Vec<String>,
+    /// Wait until this many other regions have the writes
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub ack_regions: u32,
+    #[command(flatten)]
+    pub session: SessionOptions,
+    #[command(flatten)]
+    pub connection: Connection,
+}
+
+/// The JSON form. Keys follow `--key-encoding`; values are text, or base64 as `valueBase64`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Document {
+    checks: Vec<CheckJson>,
+    writes: Vec<WriteJson>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct CheckJson {
+    key: String,
+    #[serde(default)]
+    absent: bool,
+    #[serde(default)]
+    present: bool,
+    value: Option<String>,
+    value_base64: Option<String>,
+    dot: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+struct WriteJson {
+    key: String,
+    #[serde(default)]
+    delete: bool,
+    value: Option<String>,
+    value_base64: Option<String>,
+}
+
+enum Check {
+    Absent,
+    Present,
+    Value(Bytes),
+    Dot(Dot),
+}
+
+/// What is asked for, from either form.
+#[derive(Default)]
+struct Plan {
+    checks: Vec<(Bytes, Check)>,
+    /// `None` deletes.
+    writes: Vec<(Bytes, Option<Bytes>)>,
+}
+
+impl Commit {
+    fn plan(&self, io: &mut Io) -> Result<Plan, Failure> {
+        let encoding = self.connection.key_encoding;
+        let mut plan = match &self.input {
+            Some(_) => {
+                let mut text = String::new();
+                io.input.read_to_string(&mut text)?;
+                let document: Document = serde_json::from_str(&text)
+                    .map_err(|error| Failure::Usage(format!("standard input: {error}")))?;
+                document.plan(encoding)?
+            }
+            None => Plan::default(),
+        };
+        for key in &self.check_absent {
+            plan.checks.push((encoding.parse(key)?, Check::Absent));
+        }
+        for key in &self.check_present {
+            plan.checks.push((encoding.parse(key)?, Check::Present));
+        }
+        for pair in &self.check_value {
+            let (key, value) = split(pair, "--check-value")?;
+            let value = Bytes::copy_from_slice(value.as_bytes());
+            plan.checks.push((encoding.parse(key)?, Check::Value(value)));
+        }
+        for pair in &self.check_dot {
+            let (key, dot) = split(pair, "--check-dot")?;
+            plan.checks.push((encoding.parse(key)?, Check::Dot(parse_dot(dot)?)));
+        }
+        for pair in &self.put {
+            let (key, value) = split(pair, "--put")?;
+            let value = Bytes::copy_from_slice(value.as_bytes());
+            plan.writes.push((encoding.parse(key)?, Some(value)));
+        }
+        for key in &self.delete {
+            plan.writes.push((encoding.parse(key)?, None));
+        }
+        if plan.checks.is_empty() && plan.writes.is_empty() {
+            return Err(Failure::Usage("nothing to check and nothing to write".into()));
+        }
+        Ok(plan)
+    }
+}
+
+impl Document {
+    fn plan(self, encoding: KeyEncoding) -> Result<Plan, Failure> {
+        let mut plan = Plan::default();
+        for it in self.checks {
+            let value = value(&it.key, it.value, it.value_base64)?;
+            let dot = it.dot.as_deref().map(parse_dot).transpose()?;
+            let check = match (it.absent, it.present, value, dot) {
+                (true, false, None, None) => Check::Absent,
+                (false, true, None, None) => Check::Present,
+                (false, false, Some(value), None) => Check::Value(value),
+                (false, false, None, Some(dot)) => Check::Dot(dot),
+                _ => {
+                    let key = it.key;
+                    return Err(Failure::Usage(format!(
+                        "the check of `{key}` needs one condition"
+                    )));
+                }
+            };
+            plan.checks.push((encoding.parse(&it.key)?, check));
+        }
+        for it in self.writes {
+            let value = value(&it.key, it.value, it.value_base64)?;
+            if it.delete == value.is_some() {
+                let key = it.key;
+                return Err(Failure::Usage(format!(
+                    "the write of `{key}` needs a value or delete"
+                )));
+            }
+            plan.writes.push((encoding.parse(&it.key)?, value));
+        }
+        Ok(plan)
+    }
+}
+
+fn value(
+    key: &str,
+    text: Option<String>,
+    encoded: Option<String>,
+) -> Result<Option<Bytes>, Failure> {
+    match (text, encoded) {
+        (None, None) => Ok(None),
+        (Some(text), None) => Ok(Some(Bytes::from(text))),
+        (None, Some(encoded)) => crate::output::unbase64(&encoded)
+            .map(Some)
+            .map_err(|error| Failure::Usage(format!("valueBase64 of `{key}`: {error}"))),
+        (Some(_), Some(_)) => {
+            Err(Failure::Usage(format!("`{key}` has both value and valueBase64")))
+        }
+    }
+}
+
+/// At the first `=`: keys with a `=` are given as hex.
+fn split<'a>(pair: &'a str, flag: &str) -> Result<(&'a str, &'a str), Failure> {
+    pair.split_once('=')
+        .ok_or_else(|| Failure::Usage(format!("{flag} takes KEY=..., not `{pair}`")))
+}
+
+fn parse_dot(text: &str) -> Result<Dot, Failure> {
+    text.parse().map_err(|error| Failure::Usage(format!("`{text}`: {error}")))
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct CommittedJson {
+    committed: bool,
+    failed_checks: Vec<FailedJson>,
+    results: Vec<ResultJson>,
+    session_token: String,
+}
+
+#[derive(Serialize)]
+struct FailedJson {
+    check: usize,
+    #[serde(flatten)]
+    key: KeyJson,
+    versions: Vec<VersionJson>,
+    context: String,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ResultJson {
+    context: String,
+    conflict: bool,
+    dot: DotJson,
+    hybrid_time: String,
+}
+
+pub(crate) async fn commit(args: &Commit, io: &mut Io) -> Result<Exit, Failure> {
+    let encoding = args.connection.key_encoding;
+    let plan = args.plan(io)?;
+    let session = args.session.open()?;
+    let (_client, keys) = args.connection.connect(io, None).await?;
+    let mut commit = session.enter(keys).commit().ack_regions(args.ack_regions);
+    for (key, check) in &plan.checks {
+        commit = match check {
+            Check::Absent => commit.check_absent(key),
+            Check::Present => commit.check_present(key),
+            Check::Value(value) => commit.check_value(key, value),
+            Check::Dot(dot) => commit.check_dot(key, *dot),
+        };
+    }
+    for (key, value) in &plan.writes {
+        commit = match value {
+            Some(value) => commit.put(key, value),
+            None => commit.delete(key),
+        };
+    }
+    let committed = commit.await?;
+    session.keep()?;
+    print(&committed, &plan, args.connection.format(io), encoding, io)?;
+    if committed.committed {
+        Ok(Exit::Ok)
+    } else {
+        Err(Failure::CheckFailed(committed.failed.len()))
+    }
+}
+
+fn print(
+    committed: &Committed,
+    plan: &Plan,
+    format: Format,
+    encoding: KeyEncoding,
+    io: &mut Io,
+) -> Result<(), Failure> {
+    match format {
+        Format::Json | Format::Jsonl => {
+            let failed = committed.failed.iter().map(|it| FailedJson {
+                check: it.check,
+                key: encoding.json(&it.key),
+                versions: versions_json(&it.versions, false),
+                context: base64(&it.context),
+            });
+            let results = committed.results.iter().map(|it| ResultJson {
+                context: base64(&it.context),
+                conflict: it.conflict,
+                dot: it.dot.into(),
+                hybrid_time: it.time.0.to_string(),
+            });
+            let reply = CommittedJson {
+                committed: committed.committed,
+                failed_checks: failed.collect(),
+                results: results.collect(),
+                session_token: base64(&committed.token),
+            };
+            json(&mut io.out, format, &reply)?;
+        }
+        Format::Table if committed.committed => {
+            let written = plan.writes.iter().zip(&committed.results);
+            let row = |((key, value), result): (
+                &(Bytes, Option<Bytes>),
+                &tombolo_client::WriteResult,
+            )| {
+                let action = if value.is_some() { "put" } else { "delete" };
+                [encoding.show(key), action.into(), result.dot.to_string()]
+            };
+            table(&mut io.out, ["KEY", "WRITE", "DOT"], written.map(row))?;
+        }
+        Format::Table => {
+            let rows = committed.failed.iter().map(|failed| {
+                let found = match failed.versions.first() {
+                    Some(version) => (show_value(&version.value), version.dot.to_string()),
+                    None => ("(absent)".into(), String::new()),
+                };
+                [failed.check.to_string(), encoding.show(&failed.key), found.0, found.1]
+            });
+            table(&mut io.out, ["FAILED CHECK", "KEY", "FOUND", "DOT"], rows)?;
+        }
+        Format::Raw => {
+            for result in &committed.results {
+                writeln!(io.out, "{}", result.dot)?;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,373 @@
+//! `ctl`: the cluster's state, and namespaces.
+//!
+//! Everything is as the contacted region sees it. Not here: what a node decides by itself.
+
+use crate::connection::Connection;
+use crate::exit::{Exit, Failure};
+use crate::io::Io;
+use crate::output::{Format, json, json_list, show_seconds, table};
+use crate::status::Status;
+use clap::Subcommand;
+use serde::Serialize;
+use std::io::Write;
+use tombolo_client::proto as v1;
+
+/// Looks after a cluster
+#[derive(Clone, Debug, clap::Args)]
+pub struct Ctl {
+    #[command(subcommand)]
+    pub command: CtlCommand,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum CtlCommand {
+    /// Nodes, shards, regions and links at a glance
+    Status {
+        /// End with code 8 if anything is not healthy
+        #[arg(long)]
+        fail: bool,
+        /// List every shard, not only those with a problem
+        #[arg(long)]
+        shards: bool,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Regions of the cluster
+    #[command(subcommand)]
+    Region(RegionCommand),
+    /// Links over which the region pulls changes from others
+    #[command(subcommand)]
+    Link(LinkCommand),
+    /// Namespaces
+    #[command(subcommand)]
+    Namespace(NamespaceCommand),
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum RegionCommand {
+    /// Lists the regions
+    List {
+        #[command(flatten)]
+        connection: Connection,
+    },
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum LinkCommand {
+    /// Lists the links, one row a peer, namespace and shard
+    List {
+        /// Only links with this region
+        #[arg(long, value_name = "REGION")]
+        peer: Option<String>,
+        #[command(flatten)]
+        connection: Connection,
+    },
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum NamespaceCommand {
+    /// Creates a namespace in every region
+    Create {
+        name: String,
+        /// How concurrent values of a key become one; fixed for ever
+        #[arg(long, value_enum, default_value = "lww")]
+        rule: Rule,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Lists the namespaces
+    List {
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Shows a namespace
+    Get {
+        name: String,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Deletes a namespace with all its keys, in every region
+    Delete {
+        name: String,
+        /// Only if this is still its etag
+        #[arg(long)]
+        etag: Option<String>,
+        #[command(flatten)]
+        connection: Connection,
+    },
+}
+
+/// A convergence rule that can be chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Rule {
+    /// The newest value wins; the others go to the ledger
+    Lww,
+    /// All concurrent values are kept and returned
+    Siblings,
+}
+
+impl Ctl {
+    pub(crate) fn connection(&self) -> &Connection {
+        match &self.command {
+            CtlCommand::Status { connection, .. }
+            | CtlCommand::Region(RegionCommand::List { connection })
+            | CtlCommand::Link(LinkCommand::List { connection, .. })
+            | CtlCommand::Namespace(
+                NamespaceCommand::Create { connection, .. }
+                | NamespaceCommand::List { connection }
+                | NamespaceCommand::Get { connection, .. }
+                | NamespaceCommand::Delete { connection, .. },
+            ) => connection,
+        }
+    }
+}
+
+pub(crate) async fn ctl(args: &Ctl, io: &mut Io) -> Result<Exit, Failure> {
+    match &args.command {
+        CtlCommand::Status { fail, shards, connection } => {
+            let (client, _) = connection.connect(io, None).await?;
+            let status = Status::read(&client).await?;
+            status.print(connection.format(io), *shards, &mut io.out)?;
+            if *fail && !status.is_healthy() { Err(Failure::Unhealthy) } else { Ok(Exit::Ok) }
+        }
+        CtlCommand::Region(RegionCommand::List { connection }) => {
+            let (client, _) = connection.connect(io, None).await?;
+            let reply = client.admin().list_regions().await?;
+            print_regions(&reply.regions, connection.format(io), &mut io.out)?;
+            warn_unreachable(&reply.unreachable, io)
+        }
+        CtlCommand::Link(LinkCommand::List { peer, connection }) => {
+            let (client, _) = connection.connect(io, None).await?;
+            let reply = client.admin().list_links(peer.as_deref()).await?;
+            print_links(&reply.links, connection.format(io), &mut io.out)?;
+            warn_unreachable(&reply.unreachable, io)
+        }
+        CtlCommand::Namespace(command) => namespace(command, io).await,
+    }
+}
+
+async fn namespace(command: &NamespaceCommand, io: &mut Io) -> Result<Exit, Failure> {
+    match command {
+        NamespaceCommand::Create { name, rule, connection } => {
+            let (client, _) = connection.connect(io, None).await?;
+            let rule = match rule {
+                Rule::Lww => v1::Rule::Lww,
+                Rule::Siblings => v1::Rule::Siblings,
+            };
+            let created = client.admin().create_namespace(name, rule).await?;
+            print_namespace(created, connection.format(io), io)?;
+        }
+        NamespaceCommand::List { connection } => {
+            let (client, _) = connection.connect(io, None).await?;
+            let namespaces = client.admin().list_namespaces().await?;
+            let format = connection.format(io);
+            let rows: Vec<_> = namespaces.iter().map(NamespaceJson::from).collect();
+            print_namespaces(&rows, format, &mut io.out)?;
+        }
+        NamespaceCommand::Get { name, connection } => {
+            let (client, _) = connection.connect(io, None).await?;
+            let found = client.admin().get_namespace(name).await?;
+            print_namespace(found, connection.format(io), io)?;
+        }
+        NamespaceCommand::Delete { name, etag, connection } => {
+            let (client, _) = connection.connect(io, None).await?;
+            client.admin().delete_namespace(name, etag.clone()).await?;
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+/// What did not answer is not in the list: say so, on standard error.
+fn warn_unreachable(unreachable: &[String], io: &mut Io) -> Result<Exit, Failure> {
+    if !unreachable.is_empty() {
+        writeln!(io.err, "incomplete: no answer from {}", unreachable.join(", "))?;
+    }
+    Ok(Exit::Ok)
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct NamespaceJson {
+    name: String,
+    id: u32,
+    rule: &'static str,
+    create_time: String,
+    etag: String,
+}
+
+impl From<&v1::Namespace> for NamespaceJson {
+    fn from(it: &v1::Namespace) -> Self {
+        let since = it.create_time.and_then(|at| {
+            let at =
+                std::time::Duration::new(at.seconds.try_into().ok()?, at.nanos.try_into().ok()?);
+            // RFC 3339 ends with the year 9999.
+            (at.as_secs() < 253_402_300_800).then_some(std::time::SystemTime::UNIX_EPOCH + at)
+        });
+        let create_time = since.map(|at| humantime::format_rfc3339_seconds(at).to_string());
+        Self {
+            name: it.name.clone(),
+            id: it.id,
+            rule: it.rule().as_str_name(),
+            create_time: create_time.unwrap_or_default(),
+            etag: it.etag.clone(),
+        }
+    }
+}
+
+fn print_namespace(namespace: v1::Namespace, format: Format, io: &mut Io) -> Result<(), Failure> {
+    let row = NamespaceJson::from(&namespace);
+    match format {
+        Format::Json | Format::Jsonl => json(&mut io.out, format, &row)?,
+        Format::Table | Format::Raw => print_namespaces(&[row], format, &mut io.out)?,
+    }
+    Ok(())
+}
+
+fn print_namespaces(
+    namespaces: &[NamespaceJson],
+    format: Format,
+    out: &mut dyn Write,
+) -> std::io::Result<()> {
+    match format {
+        Format::Json | Format::Jsonl => json_list(out, format, "namespaces", namespaces),
+        Format::Raw => namespaces.iter().try_for_each(|it| writeln!(out, "{}", it.name)),
+        Format::Table => {
+            let row = |it: &NamespaceJson| {
+                let rule = it.rule.trim_start_matches("RULE_").to_lowercase();
+                [it.name.clone(), it.id.to_string(), rule, it.create_time.clone(), it.etag.clone()]
+            };
+            let header = ["NAME", "ID", "RULE", "CREATED", "ETAG"];
+            table(out, header, namespaces.iter().map(row))
+        }
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct RegionJson {
+    name: String,
+    number: u32,
+    local: bool,
+    link_addresses: Vec<String>,
+    state: &'static str,
+    lag_seconds: f64,
+    shards_with_leader: u32,
+    nodes_up: u32,
+    nodes: u32,
+}
+
+impl From<&v1::Region> for RegionJson {
+    fn from(it: &v1::Region) -> Self {
+        Self {
+            name: it.name.clone(),
+            number: it.number,
+            local: it.local,
+            link_addresses: it.link_addresses.clone(),
+            state: it.state().as_str_name(),
+            lag_seconds: it.lag_seconds,
+            shards_with_leader: it.shards_with_leader,
+            nodes_up: it.nodes_up,
+            nodes: it.nodes,
+        }
+    }
+}
+
+/// `REGION_STATE_UP` to `up`.
+pub(crate) fn word(name: &str, prefix: &str) -> String {
+    name.trim_start_matches(prefix).to_lowercase().replace('_', " ")
+}
+
+pub(crate) fn print_regions(
+    regions: &[v1::Region],
+    format: Format,
+    out: &mut dyn Write,
+) -> std::io::Result<()> {
+    match format {
+        Format::Json | Format::Jsonl => {
+            let rows: Vec<_> = regions.iter().map(RegionJson::from).collect();
+            json_list(out, format, "regions", &rows)
+        }
+        Format::Raw => regions.iter().try_for_each(|it| writeln!(out, "{}", it.name)),
+        Format::Table => {
+            let row = |it: &v1::Region| {
+                let place = if it.local { "here" } else { "" };
+                let lag = if it.local { String::new() } else { show_seconds(it.lag_seconds) };
+                let state = word(it.state().as_str_name(), "REGION_STATE_");
+                let links = it.link_addresses.join(",");
+                [it.name.clone(), it.number.to_string(), place.into(), state, lag, links]
+            };
+            let header = ["REGION", "NUMBER", "", "STATE", "LAG", "LINK ADDRESSES"];
+            table(out, header, regions.iter().map(row))
+        }
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct LinkJson {
+    peer_region: String,
+    namespace: String,
+    shard: u32,
+    node_id: String,
+    phase: &'static str,
+    lag_events: String,
+    lag_seconds: f64,
+    unacknowledged_events: String,
+    last_error: String,
+    received_events: String,
+    received_bytes: String,
+}
+
+impl From<&v1::Link> for LinkJson {
+    fn from(it: &v1::Link) -> Self {
+        Self {
+            peer_region: it.peer_region.clone(),
+            namespace: it.namespace.clone(),
+            shard: it.shard,
+            node_id: it.node_id.to_string(),
+            phase: it.phase().as_str_name(),
+            lag_events: it.lag_events.to_string(),
+            lag_seconds: it.lag_seconds,
+            unacknowledged_events: it.unacknowledged_events.to_string(),
+            last_error: it.last_error.clone(),
+            received_events: it.received_events.to_string(),
+            received_bytes: it.received_bytes.to_string(),
+        }
+    }
+}
+
+fn print_links(links: &[v1::Link], format: Format, out: &mut dyn Write) -> std::io::Result<()> {
+    match format {
+        Format::Json | Format::Jsonl => {
+            let rows: Vec<_> = links.iter().map(LinkJson::from).collect();
+            json_list(out, format, "links", &rows)
+        }
+        Format::Table | Format::Raw => {
+            let row = |it: &v1::Link| {
+                [
+                    it.peer_region.clone(),
+                    it.namespace.clone(),
+                    it.shard.to_string(),
+                    it.node_id.to_string(),
+                    word(it.phase().as_str_name(), "LINK_PHASE_"),
+                    it.lag_events.to_string(),
+                    show_seconds(it.lag_seconds),
+                    it.unacknowledged_events.to_string(),
+                    it.last_error.clone(),
+                ]
+            };
+            let header = [
+                "PEER",
+                "NAMESPACE",
+                "SHARD",
+                "NODE",
+                "PHASE",
+                "BEHIND",
+                "LAG",
+                "UNACKED",
+                "ERROR",
+            ];
+            table(out, header, links.iter().map(row))
+        }
+    }
+}

@@ -1,0 +1,392 @@
+//! `put`, `get`, `delete`, `scan`: one key or one range.
+
+use crate::connection::Connection;
+use crate::exit::{Exit, Failure};
+use crate::io::Io;
+use crate::output::{
+    DotJson, Format, KeyEncoding, KeyJson, RevisionJson, VersionJson, base64, json, show_time,
+    show_value, table, unbase64, versions_json,
+};
+use crate::session_file::SessionOptions;
+use bytes::Bytes;
+use futures::TryStreamExt;
+use serde::Serialize;
+use std::io::{Read, Write};
+use std::time::Duration;
+use tombolo_client::{Consistency, Entry, Got, Version, Written};
+
+/// Rows of a table whose widths are computed together.
+const TABLE_ROWS: usize = 1000;
+
+/// Stores a value
+#[derive(Clone, Debug, clap::Args)]
+pub struct Put {
+    pub key: String,
+    /// The value; - reads standard input, @FILE a file
+    pub value: String,
+    /// Replace exactly what the read with this context showed (base64, from get -o json)
+    #[arg(long, value_name = "CONTEXT")]
+    pub context_token: Option<String>,
+    /// Let the value expire after this long
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub ttl: Option<Duration>,
+    /// Wait until this many other regions have the write
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub ack_regions: u32,
+    #[command(flatten)]
+    pub session: SessionOptions,
+    #[command(flatten)]
+    pub connection: Connection,
+}
+
+/// Deletes a key
+#[derive(Clone, Debug, clap::Args)]
+pub struct Delete {
+    pub key: String,
+    /// Delete exactly what the read with this context showed (base64, from get -o json)
+    #[arg(long, value_name = "CONTEXT")]
+    pub context_token: Option<String>,
+    /// Wait until this many other regions have the write
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub ack_regions: u32,
+    #[command(flatten)]
+    pub session: SessionOptions,
+    #[command(flatten)]
+    pub connection: Connection,
+}
+
+/// Reads a key
+#[derive(Clone, Debug, clap::Args)]
+pub struct Get {
+    pub key: String,
+    /// linearizable, causal, local, or stale:DURATION [default: causal in a session, else
+    /// linearizable]
+    #[arg(long, value_name = "LEVEL", value_parser = parse_consistency)]
+    pub consistency: Option<Consistency>,
+    /// Fail with code 5 if concurrent writes left several values
+    #[arg(long)]
+    pub one: bool,
+    #[command(flatten)]
+    pub session: SessionOptions,
+    #[command(flatten)]
+    pub connection: Connection,
+}
+
+/// Lists keys in byte order
+#[derive(Clone, Debug, clap::Args)]
+pub struct Scan {
+    /// Only keys that begin with this
+    pub prefix: Option<String>,
+    /// First key, inclusive
+    #[arg(long, value_name = "KEY")]
+    pub from: Option<String>,
+    /// Last key, exclusive
+    #[arg(long, value_name = "KEY")]
+    pub to: Option<String>,
+    /// At most this many keys; 0 means all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub limit: u64,
+    /// From the last key to the first
+    #[arg(long)]
+    pub reverse: bool,
+    /// Leave out the values
+    #[arg(long)]
+    pub keys_only: bool,
+    /// linearizable, causal, local, or stale:DURATION [default: causal in a session, else
+    /// linearizable]
+    #[arg(long, value_name = "LEVEL", value_parser = parse_consistency)]
+    pub consistency: Option<Consistency>,
+    #[command(flatten)]
+    pub session: SessionOptions,
+    #[command(flatten)]
+    pub connection: Connection,
+}
+
+/// Reads `--consistency`.
+pub(crate) fn parse_consistency(text: &str) -> Result<Consistency, String> {
+    match text {
+        "linearizable" => Ok(Consistency::Linearizable),
+        "causal" => Ok(Consistency::Causal),
+        "local" => Ok(Consistency::Local),
+        _ => text
+            .strip_prefix("stale:")
+            .and_then(|age| humantime::parse_duration(age).ok())
+            .map(Consistency::MaxStaleness)
+            .ok_or_else(|| "linearizable, causal, local, or stale:DURATION".into()),
+    }
+}
+
+/// A value of the command line: itself, `-` for standard input, `@FILE` for a file.
+pub(crate) fn read_value(text: &str, io: &mut Io) -> Result<Bytes, Failure> {
+    if text == "-" {
+        let mut value = Vec::new();
+        io.input.read_to_end(&mut value)?;
+        return Ok(value.into());
+    }
+    match text.strip_prefix('@') {
+        Some(path) => std::fs::read(path)
+            .map(Bytes::from)
+            .map_err(|error| Failure::Other(format!("{path}: {error}"))),
+        None => Ok(Bytes::copy_from_slice(text.as_bytes())),
+    }
+}
+
+fn parse_context(text: &str) -> Result<Bytes, Failure> {
+    unbase64(text).map_err(|error| Failure::Usage(format!("--context-token: {error}")))
+}
+
+pub(crate) async fn put(args: &Put, io: &mut Io) -> Result<Exit, Failure> {
+    let key = args.connection.key_encoding.parse(&args.key)?;
+    let value = read_value(&args.value, io)?;
+    let session = args.session.open()?;
+    let (_client, keys) = args.connection.connect(io, None).await?;
+    let mut put = session.enter(keys).put(key, value).ack_regions(args.ack_regions);
+    if let Some(context) = &args.context_token {
+        put = put.context(parse_context(context)?);
+    }
+    if let Some(ttl) = args.ttl {
+        put = put.ttl(ttl);
+    }
+    let written = put.await?;
+    session.keep()?;
+    print_written(&written, args.connection.format(io), io)
+}
+
+pub(crate) async fn delete(args: &Delete, io: &mut Io) -> Result<Exit, Failure> {
+    let key = args.connection.key_encoding.parse(&args.key)?;
+    let session = args.session.open()?;
+    let (_client, keys) = args.connection.connect(io, None).await?;
+    let mut delete = session.enter(keys).delete(key).ack_regions(args.ack_regions);
+    if let Some(context) = &args.context_token {
+        delete = delete.context(parse_context(context)?);
+    }
+    let written = delete.await?;
+    session.keep()?;
+    print_written(&written, args.connection.format(io), io)
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct WrittenJson {
+    context: String,
+    session_token: String,
+    conflict: bool,
+    dot: DotJson,
+    write_time: String,
+    hybrid_time: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    revision: Option<RevisionJson>,
+}
+
+fn print_written(written: &Written, format: Format, io: &mut Io) -> Result<Exit, Failure> {
+    match format {
+        Format::Json | Format::Jsonl => {
+            let reply = WrittenJson {
+                context: base64(&written.context),
+                session_token: base64(&written.token),
+                conflict: written.conflict,
+                dot: written.dot.into(),
+                write_time: show_time(written.time),
+                hybrid_time: written.time.0.to_string(),
+                revision: written.revision.map(RevisionJson::from),
+            };
+            json(&mut io.out, format, &reply)?;
+        }
+        Format::Table => {
+            let conflict = if written.conflict { "yes" } else { "no" };
+            let row = [written.dot.to_string(), show_time(written.time), conflict.into()];
+            table(&mut io.out, ["DOT", "TIME", "CONFLICT"], [row])?;
+        }
+        Format::Raw => writeln!(io.out, "{}", written.dot)?,
+    }
+    Ok(Exit::Ok)
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct GotJson {
+    #[serde(flatten)]
+    key: KeyJson,
+    versions: Vec<VersionJson>,
+    context: String,
+    session_token: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    revision: Option<RevisionJson>,
+}
+
+pub(crate) async fn get(args: &Get, io: &mut Io) -> Result<Exit, Failure> {
+    let encoding = args.connection.key_encoding;
+    let key = encoding.parse(&args.key)?;
+    let session = args.session.open()?;
+    let (_client, keys) = args.connection.connect(io, None).await?;
+    let mut get = session.enter(keys).get(key);
+    if let Some(consistency) = args.consistency {
+        get = get.consistency(consistency);
+    }
+    let got = get.await?;
+    session.keep()?;
+
+    // A value in a pipe is a value: `x=$(tombolo get key)`.
+    let in_pipe = if io.out_is_tty { Format::Table } else { Format::Raw };
+    let format = args.connection.output.unwrap_or(in_pipe);
+    if args.one && got.in_conflict() {
+        let versions = got.versions.len();
+        return Err(Failure::Conflict { key: encoding.show(&got.key), versions });
+    }
+    print_got(&got, format, encoding, io)?;
+    match got.value() {
+        Some(_) => Ok(Exit::Ok),
+        None => Err(Failure::Absent(encoding.show(&got.key))),
+    }
+}
+
+fn print_got(got: &Got, format: Format, encoding: KeyEncoding, io: &mut Io) -> Result<(), Failure> {
+    match format {
+        Format::Json | Format::Jsonl => {
+            let reply = GotJson {
+                key: encoding.json(&got.key),
+                versions: versions_json(&got.versions, false),
+                context: base64(&got.context),
+                session_token: base64(&got.token),
+                revision: got.revision.map(RevisionJson::from),
+            };
+            json(&mut io.out, format, &reply)?;
+        }
+        Format::Table => {
+            if !got.versions.is_empty() {
+                table(&mut io.out, VERSION_COLUMNS, rows(&got.key, &got.versions, encoding))?;
+            }
+        }
+        Format::Raw => {
+            if let Some(value) = got.value() {
+                io.out.write_all(value)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+const VERSION_COLUMNS: [&str; 5] = ["KEY", "VALUE", "REGION", "TIME", "DOT"];
+
+fn rows(key: &[u8], versions: &[Version], encoding: KeyEncoding) -> Vec<[String; 5]> {
+    let row = |version: &Version| {
+        [
+            encoding.show(key),
+            show_value(&version.value),
+            version.origin_region.clone(),
+            show_time(version.time),
+            version.dot.to_string(),
+        ]
+    };
+    versions.iter().map(row).collect()
+}
+
+#[derive(Serialize)]
+struct EntryJson {
+    #[serde(flatten)]
+    key: KeyJson,
+    versions: Vec<VersionJson>,
+    context: String,
+}
+
+pub(crate) async fn scan(args: &Scan, io: &mut Io) -> Result<Exit, Failure> {
+    let encoding = args.connection.key_encoding;
+    let format = args.connection.format(io);
+    let bound = |text: &Option<String>| match text {
+        Some(text) => encoding.parse(text).map(Some),
+        None => Ok(None),
+    };
+    let session = args.session.open()?;
+    let prefix = bound(&args.prefix)?.unwrap_or_default();
+    let (from, to) = (bound(&args.from)?, bound(&args.to)?);
+    let (_client, keys) = args.connection.connect(io, None).await?;
+    let mut scan = session.enter(keys).scan().prefix(prefix).limit(args.limit);
+    scan = match (from, to) {
+        (Some(from), Some(to)) => scan.range(from..to),
+        (Some(from), None) => scan.range(from..),
+        (None, Some(to)) => scan.range(..to),
+        (None, None) => scan,
+    };
+    if args.reverse {
+        scan = scan.reverse();
+    }
+    // A raw listing shows keys only.
+    if args.keys_only || format == Format::Raw {
+        scan = scan.keys_only();
+    }
+    if let Some(consistency) = args.consistency {
+        scan = scan.consistency(consistency);
+    }
+
+    let mut entries = scan.stream();
+    let mut printer = EntryPrinter::new(format, encoding, args.keys_only);
+    while let Some(entry) = entries.try_next().await? {
+        printer.print(&entry, io)?;
+    }
+    printer.finish(io)?;
+    session.keep()?;
+    Ok(Exit::Ok)
+}
+
+/// Prints entries as they come; a table in blocks, so that memory stays bounded.
+struct EntryPrinter {
+    format: Format,
+    encoding: KeyEncoding,
+    keys_only: bool,
+    printed: u64,
+    rows: Vec<[String; 5]>,
+}
+
+impl EntryPrinter {
+    fn new(format: Format, encoding: KeyEncoding, keys_only: bool) -> Self {
+        Self { format, encoding, keys_only, printed: 0, rows: Vec::new() }
+    }
+
+    fn print(&mut self, entry: &Entry, io: &mut Io) -> Result<(), Failure> {
+        match self.format {
+            Format::Json | Format::Jsonl => {
+                let item = EntryJson {
+                    key: self.encoding.json(&entry.key),
+                    versions: versions_json(&entry.versions, self.keys_only),
+                    context: base64(&entry.context),
+                };
+                if self.format == Format::Json {
+                    let lead = if self.printed == 0 { "{\"results\":[\n" } else { "," };
+                    io.out.write_all(lead.as_bytes())?;
+                }
+                json(&mut io.out, Format::Jsonl, &item)?;
+            }
+            Format::Table => {
+                self.rows.extend(rows(&entry.key, &entry.versions, self.encoding));
+                if self.rows.len() >= TABLE_ROWS {
+                    self.print_rows(io)?;
+                }
+            }
+            Format::Raw => writeln!(io.out, "{}", self.encoding.show(&entry.key))?,
+        }
+        self.printed += 1;
+        Ok(())
+    }
+
+    fn print_rows(&mut self, io: &mut Io) -> Result<(), Failure> {
+        let rows = std::mem::take(&mut self.rows);
+        if self.keys_only {
+            let [key, _, region, time, dot] = VERSION_COLUMNS;
+            let rows = rows.into_iter().map(|[key, _, region, time, dot]| [key, region, time, dot]);
+            table(&mut io.out, [key, region, time, dot], rows)?;
+        } else {
+            table(&mut io.out, VERSION_COLUMNS, rows)?;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, io: &mut Io) -> Result<(), Failure> {
+        match self.format {
+            Format::Json if self.printed == 0 => writeln!(io.out, "{{\"results\":[]}}")?,
+            Format::Json => writeln!(io.out, "]}}")?,
+            Format::Table if !self.rows.is_empty() => self.print_rows(io)?,
+            Format::Table | Format::Jsonl | Format::Raw => {}
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,560 @@
+//! What commands print and how they end, against a fake region.
+
+#[path = "../../client/tests/fake/mod.rs"]
+mod fake;
+mod harness;
+
+use clap::CommandFactory;
+use clap::Parser;
+use fake::{Fault, Region, refusal};
+use harness::{Cli, Ran, line};
+use insta::assert_snapshot;
+use tombolo_client::{Code, proto};
+use tombolo_commands::Exit;
+
+#[tokio::test]
+async fn put_get_and_delete_print_tables_on_a_terminal() {
+    let region = Region::start(1).await;
+    assert_snapshot!(line("put greeting hello").on_tty().at(&region).await.text(), @"
+    DOT    TIME                      CONFLICT
+    1.1:1  2023-11-14T22:13:21.000Z  no
+    ");
+    assert_snapshot!(line("get greeting").on_tty().at(&region).await.text(), @"
+    KEY       VALUE  REGION  TIME                      DOT
+    greeting  hello  us      2023-11-14T22:13:21.000Z  1.1:1
+    ");
+    assert_snapshot!(line("delete greeting").on_tty().at(&region).await.text(), @"
+    DOT    TIME                      CONFLICT
+    1.1:2  2023-11-14T22:13:22.000Z  no
+    ");
+}
+
+#[tokio::test]
+async fn json_has_the_shape_of_the_protocol() {
+    let region = Region::start(1).await;
+    assert_snapshot!(line("put greeting hello -o json").at(&region).await.text(), @r#"
+    {
+      "context": "Y29udGV4dC1vZi0x",
+      "sessionToken": "IW/xzc0BAQABAQEBzLaB1g==",
+      "conflict": false,
+      "dot": {
+        "region": 1,
+        "incarnation": 1,
+        "seq": "1"
+      },
+      "writeTime": "2023-11-14T22:13:21.000Z",
+      "hybridTime": "111411200065536000",
+      "revision": {
+        "shard": 0,
+        "term": "1",
+        "index": "1"
+      }
+    }
+    "#);
+    assert_snapshot!(line("get greeting -o json").at(&region).await.text(), @r#"
+    {
+      "key": "greeting",
+      "versions": [
+        {
+          "dot": {
+            "region": 1,
+            "incarnation": 1,
+            "seq": "1"
+          },
+          "value": {
+            "data": "aGVsbG8="
+          },
+          "originRegion": "us",
+          "writeTime": "2023-11-14T22:13:21.000Z",
+          "hybridTime": "111411200065536000"
+        }
+      ],
+      "context": "Y29udGV4dC1vZi0x",
+      "sessionToken": "IW/xzc0BAQABAQEBzLaB1g==",
+      "revision": {
+        "shard": 0,
+        "term": "1",
+        "index": "1"
+      }
+    }
+    "#);
+    region.put("default", &b"\xff\x00"[..], "bytes");
+    assert_snapshot!(line("scan -o jsonl").at(&region).await.text(), @r#"
+    {"key":"greeting","versions":[{"dot":{"region":1,"incarnation":1,"seq":"1"},"value":{"data":"aGVsbG8="},"originRegion":"us","writeTime":"2023-11-14T22:13:21.000Z","hybridTime":"111411200065536000"}],"context":""}
+    {"keyBase64":"/wA=","versions":[{"dot":{"region":1,"incarnation":1,"seq":"2"},"value":{"data":"Ynl0ZXM="},"originRegion":"us","writeTime":"2023-11-14T22:13:22.000Z","hybridTime":"111411200131072000"}],"context":""}
+    "#);
+}
+
+#[tokio::test]
+async fn a_value_in_a_pipe_is_the_value_and_nothing_else() {
+    let region = Region::start(1).await;
+    let value: Vec<u8> = (0..=255).collect();
+    let put = line("put bytes -").input(value.clone()).at(&region).await;
+    assert_eq!(put.exit, Exit::Ok);
+    assert_eq!(line("get bytes").at(&region).await.out, value);
+    assert_eq!(line("get bytes -o raw").on_tty().at(&region).await.out, value);
+
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("value");
+    std::fs::write(&file, b"from a file").expect("written");
+    let put = line("put bytes").word(format!("@{}", file.display())).at(&region).await;
+    assert_eq!(put.exit, Exit::Ok);
+    assert_eq!(line("get bytes").at(&region).await.out, b"from a file");
+}
+
+#[tokio::test]
+async fn keys_are_written_in_the_encoding_asked_for() {
+    let region = Region::start(1).await;
+    for (word, encoding) in [("00ff5c", "hex"), ("AP9c", "base64")] {
+        let put = line("put --key-encoding").word(encoding).word(word).word("v").at(&region).await;
+        assert_eq!(put.exit, Exit::Ok);
+        let listed = line("scan -o raw --key-encoding").word(encoding).at(&region).await.text();
+        assert_eq!(listed.trim_end(), word);
+    }
+    assert_eq!(line("scan -o raw").at(&region).await.text(), "\\0\\xff\\\\\n");
+    let bad = line("get xyz --key-encoding hex").at(&region).await;
+    assert_eq!(bad.exit, Exit::Usage);
+    assert_snapshot!(bad.err, @"error: key `xyz` is not hex: Odd number of digits");
+}
+
+#[tokio::test]
+async fn a_scan_prints_ranges_in_every_format() {
+    let region = Region::start(1).await;
+    for key in ["a/1", "a/2", "a/3", "b/1"] {
+        region.put("default", key, format!("value of {key}"));
+    }
+    region.put_concurrent("default", "a/2", "another");
+    assert_snapshot!(line("scan a/").on_tty().at(&region).await.text(), @"
+    KEY  VALUE         REGION  TIME                      DOT
+    a/1  value of a/1  us      2023-11-14T22:13:21.000Z  1.1:1
+    a/2  value of a/2  us      2023-11-14T22:13:22.000Z  1.1:2
+    a/2  another       us      2023-11-14T22:13:25.000Z  1.1:5
+    a/3  value of a/3  us      2023-11-14T22:13:23.000Z  1.1:3
+    ");
+    assert_snapshot!(line("scan --from a/2 --to b --keys-only --reverse").on_tty().at(&region).await.text(), @"
+    KEY  REGION  TIME                      DOT
+    a/3  us      2023-11-14T22:13:23.000Z  1.1:3
+    a/2  us      2023-11-14T22:13:22.000Z  1.1:2
+    a/2  us      2023-11-14T22:13:25.000Z  1.1:5
+    ");
+    assert_snapshot!(line("scan --limit 2 -o raw").at(&region).await.text(), @"
+    a/1
+    a/2
+    ");
+    let json = line("scan -o json --keys-only").at(&region).await.text();
+    let parsed: serde_json::Value = serde_json::from_str(&json).expect("one document");
+    assert_eq!(parsed["results"].as_array().map(Vec::len), Some(4));
+    assert_snapshot!(line("scan nothing -o json").at(&region).await.text(), @r#"{"results":[]}"#);
+    assert_eq!(line("scan nothing").on_tty().at(&region).await.text(), "");
+}
+
+#[tokio::test]
+async fn a_commit_writes_all_or_says_which_check_failed() {
+    let region = Region::start(1).await;
+    let done =
+        line("commit --check-absent {t}a --put {t}a=1 --put {t}b=2").on_tty().at(&region).await;
+    assert_eq!(done.exit, Exit::Ok);
+    assert_snapshot!(done.text(), @"
+    KEY   WRITE  DOT
+    {t}a  put    1.1:1
+    {t}b  put    1.1:2
+    ");
+
+    let refused = line("commit --check-value {t}a=9 --check-absent {t}c --delete {t}b")
+        .on_tty()
+        .at(&region)
+        .await;
+    assert_eq!(refused.exit, Exit::CheckFailed);
+    assert_snapshot!(String::from_utf8_lossy(&refused.out), @"
+    FAILED CHECK  KEY   FOUND  DOT
+    1             {t}a  1      1.1:1
+    ");
+    assert_snapshot!(refused.err, @"error: 1 of the commit's checks failed; nothing was written");
+
+    let document = r#"{
+        "checks": [{"key": "{t}a", "dot": "1.1:1"}, {"key": "{t}b", "value": "2"}],
+        "writes": [{"key": "{t}a", "valueBase64": "AP8="}, {"key": "{t}b", "delete": true}]
+    }"#;
+    let done = line("commit - -o json").input(document).at(&region).await;
+    assert_eq!(done.exit, Exit::Ok);
+    assert_snapshot!(done.text(), @r#"
+    {
+      "committed": true,
+      "failedChecks": [],
+      "results": [
+        {
+          "context": "Y29udGV4dC1vZi0z",
+          "conflict": false,
+          "dot": {
+            "region": 1,
+            "incarnation": 1,
+            "seq": "3"
+          },
+          "hybridTime": "111411200196608000"
+        },
+        {
+          "context": "Y29udGV4dC1vZi00",
+          "conflict": false,
+          "dot": {
+            "region": 1,
+            "incarnation": 1,
+            "seq": "4"
+          },
+          "hybridTime": "111411200262144000"
+        }
+      ],
+      "sessionToken": ""
+    }
+    "#);
+    assert_eq!(region.values("default"), [("{t}a".into(), b"\x00\xff"[..].to_vec().into())]);
+
+    for nonsense in [
+        "{}",
+        "[",
+        r#"{"checks":[{"key":"a"}]}"#,
+        r#"{"checks":[{"key":"a","absent":true,"value":"x"}]}"#,
+        r#"{"writes":[{"key":"a","delete":true,"value":"x"}]}"#,
+        r#"{"writes":[{"key":"a","value":"x","ttl":1}]}"#,
+    ] {
+        let bad = line("commit -").input(nonsense).at(&region).await;
+        assert_eq!(bad.exit, Exit::Usage, "{nonsense}: {}", bad.err);
+    }
+}
+
+#[tokio::test]
+async fn a_session_file_carries_what_was_seen_from_command_to_command() {
+    let region = Region::start(1).await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("session");
+    let put = line("put k v --session-file").word(&file).at(&region).await;
+    assert_eq!(put.exit, Exit::Ok);
+    line("get k --session-file").word(&file).at(&region).await;
+    let gets = region.calls("get");
+    assert_eq!(gets[0].token, fake::token(b"k", 1));
+    let level = gets[0].consistency.and_then(|it| it.level);
+    assert_eq!(level, Some(proto::read_consistency::Level::Causal(proto::Causal {})));
+
+    let kept = std::fs::read_to_string(&file).expect("kept");
+    line("get k --consistency stale:10s --token").word(kept.trim()).at(&region).await;
+    assert_eq!(region.calls("get")[1].token, fake::token(b"k", 1));
+    assert_eq!(line("get k --token ***").at(&region).await.exit, Exit::Usage);
+}
+
+#[tokio::test]
+async fn every_ending_has_its_own_exit_code() {
+    let region = Region::start(1).await;
+    region.put("default", "k", "1");
+    region.put_concurrent("default", "k", "2");
+    let ends = async |text: &str| line(text).at(&region).await.exit.code();
+
+    assert_eq!(ends("get k").await, 0);
+    assert_eq!(ends("put k @/no/such/file").await, 1);
+    assert_eq!(ends("get k --context nowhere").await, 2);
+    assert_eq!(ends("get absent").await, 3);
+    assert_eq!(ends("commit --check-absent k --put k=3").await, 4);
+    assert_eq!(ends("ctl namespace create twice").await, 0);
+    assert_eq!(ends("ctl namespace create twice").await, 4);
+    assert_eq!(ends("get k --one").await, 5);
+    assert_eq!(line("get k -e 127.0.0.1:1").run().await.exit.code(), 6);
+    region.fail(None, "get", Fault::Hang);
+    assert_eq!(ends("get k --timeout 50ms").await, 6);
+    let denied = refusal(Code::PermissionDenied, "NAMESPACE_DENIED", &[]);
+    region.fail(None, "get", Fault::Refuse(denied));
+    assert_eq!(ends("get k").await, 7);
+    assert_eq!(ends("ctl status").await, 0);
+    assert_eq!(ends("ctl status --fail").await, 8);
+    region.fail(None, "get", Fault::Hang);
+    let interrupted = line("get k").interrupted_by(async {}).at(&region).await;
+    assert_eq!(interrupted.exit.code(), 130);
+    assert_eq!(Cli::try_parse_from(["tombolo", "get"]).err().map(|it| it.exit_code()), Some(2));
+}
+
+#[tokio::test]
+async fn errors_are_text_or_where_asked_json() {
+    let region = Region::start(1).await;
+    let refuse = || {
+        let metadata = [("limit", "4096"), ("size", "5000")];
+        let status = refusal(Code::InvalidArgument, "KEY_TOO_LONG", &metadata);
+        region.fail(None, "put", Fault::Refuse(status));
+    };
+    refuse();
+    assert_snapshot!(line("put k v").at(&region).await.err, @"error: key too long (KEY_TOO_LONG)");
+    refuse();
+    assert_snapshot!(line("put k v -o json").at(&region).await.err, @r#"{"code":"INVALID_ARGUMENT","reason":"KEY_TOO_LONG","message":"key too long","details":{"limit":"4096","size":"5000"}}"#);
+    let status = refusal(Code::DeadlineExceeded, "ACK_REGIONS_PENDING", &[("dot", "1.1:9")]);
+    region.fail(None, "put", Fault::ApplyThen(status));
+    assert_snapshot!(line("put k v -o json --ack-regions 2").at(&region).await.err, @r#"{"code":"DEADLINE_EXCEEDED","reason":"ACK_REGIONS_PENDING","message":"ack regions pending","details":{"dot":"1.1:9"}}"#);
+    assert_snapshot!(line("get absent -o jsonl").at(&region).await.err, @r#"{"code":"NOT_FOUND","reason":"KEY_ABSENT","message":"key absent is absent","details":{}}"#);
+}
+
+#[tokio::test]
+async fn flags_beat_the_environment_and_the_environment_beats_the_file() {
+    let [flag, named, env, env_named, current] = [1, 2, 3, 4, 5].map(|_| Region::start(1));
+    let (flag, named, env, env_named, current) = tokio::join!(flag, named, env, env_named, current);
+    let address = |region: &Region| region.addresses[0].clone();
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("contexts.toml");
+    let text = format!(
+        "current = \"current\"\n\
+         [contexts.current]\nendpoints = [\"{}\"]\n\
+         [contexts.named]\nendpoints = [\"{}\"]\nnamespace = \"carts\"\n\
+         [contexts.env-named]\nendpoints = [\"{}\"]\n",
+        address(&current),
+        address(&named),
+        address(&env_named),
+    );
+    std::fs::write(&file, text).expect("written");
+    let run = async |text: &str, vars: &[(&str, String)]| {
+        let start = line(text).env("TOMBOLO_CONTEXTS_FILE", file.display().to_string());
+        let start = vars.iter().fold(start, |it, (name, value)| it.env(name, value));
+        let ran = start.run().await;
+        assert_eq!(ran.exit, Exit::Ok, "{}", ran.err);
+    };
+    let endpoints = ("TOMBOLO_ENDPOINTS", address(&env));
+    let context = ("TOMBOLO_CONTEXT", "env-named".to_owned());
+
+    let with_flag = format!("put k flag --context named -e {}", address(&flag));
+    run(&with_flag, &[endpoints.clone(), context.clone()]).await;
+    run("put k named --context named", &[endpoints.clone(), context.clone()]).await;
+    run("put k other --context named -n other", &[]).await;
+    run("put k env", &[endpoints, context.clone()]).await;
+    run("put k env-named", &[context]).await;
+    run("put k current", &[]).await;
+
+    for (region, namespace, value) in [
+        (&flag, "default", "flag"),
+        (&named, "carts", "named"),
+        (&named, "other", "other"),
+        (&env, "default", "env"),
+        (&env_named, "default", "env-named"),
+        (&current, "default", "current"),
+    ] {
+        assert_eq!(region.values(namespace), [("k".into(), value.as_bytes().to_vec().into())]);
+    }
+
+    let missing = line("get k --context nowhere")
+        .env("TOMBOLO_CONTEXTS_FILE", file.display().to_string())
+        .run()
+        .await;
+    assert_eq!(missing.exit, Exit::Usage);
+    assert!(missing.err.contains("no context `nowhere`"), "{}", missing.err);
+    assert!(missing.err.contains("current, env-named, named"), "{}", missing.err);
+    std::fs::write(&file, "[contexts.a]\nendpoint = 1\n").expect("written");
+    let wrong = line("get k").env("TOMBOLO_CONTEXTS_FILE", file.display().to_string()).run().await;
+    assert_eq!(wrong.exit, Exit::Usage);
+    assert!(wrong.err.contains("contexts.toml: TOML parse error at line 2"), "{}", wrong.err);
+}
+
+#[tokio::test]
+async fn the_contexts_file_is_found_in_the_home_directory() {
+    let region = Region::start(1).await;
+    let home = tempfile::tempdir().expect("a directory");
+    let dir = home.path().join(".config/tombolo");
+    std::fs::create_dir_all(&dir).expect("created");
+    let text = format!("[contexts.here]\nendpoints = [\"{}\"]\n", region.addresses[0]);
+    std::fs::write(dir.join("contexts.toml"), text).expect("written");
+    let ran = line("put k v --context here").env("HOME", home.path().display().to_string());
+    assert_eq!(ran.run().await.exit, Exit::Ok);
+}
+
+fn add_links(region: &Region) {
+    let link = |shard: u32, phase: proto::LinkPhase, lag_seconds: f64, error: &str| proto::Link {
+        peer_region: "eu".into(),
+        namespace: "default".into(),
+        shard,
+        node_id: 1,
+        phase: phase.into(),
+        lag_events: 3,
+        lag_seconds,
+        unacknowledged_events: 5,
+        last_error: error.into(),
+        received_events: 100,
+        received_bytes: 4096,
+        ..Default::default()
+    };
+    region.state.lock().links = vec![
+        link(0, proto::LinkPhase::Streaming, 0.035, ""),
+        link(1, proto::LinkPhase::Streaming, 0.0, ""),
+        link(2, proto::LinkPhase::Blocked, 252.0, "connection refused"),
+    ];
+}
+
+#[tokio::test]
+async fn status_shows_what_is_wrong_at_a_glance() {
+    let region = Region::start(2).await;
+    add_links(&region);
+    assert_snapshot!(line("ctl status").on_tty().at(&region).await.text(), @"
+    cluster fake, region us, 4 shards, version 0.1.0: 1 problem
+
+    NODE  ADDRESS          STATE  LEADS  SEEN  VERSION
+    1     127.0.0.1:NODE1  up     4      0s    0.1.0
+    2     127.0.0.1:NODE2  up     0      0s    0.1.0
+
+    REGION  NUMBER        STATE     LAG    LINK ADDRESSES
+    us      1       here  up               127.0.0.1:7103
+    eu      2             degraded  12.5s  127.0.0.1:7203
+
+    LINKS WITH  PHASES                  LAG     BEHIND  UNACKED  LAST ERROR
+    eu          1 blocked, 2 streaming  4m 12s  9       15       connection refused
+
+    ! region eu is degraded
+    ");
+    let json = line("ctl status -o json").at(&region).await.text();
+    let status: serde_json::Value = serde_json::from_str(&json).expect("one document");
+    assert_eq!(status["healthy"], false);
+    assert_eq!(status["problems"][0], "region eu is degraded");
+    assert_eq!(status["links"].as_array().map(Vec::len), Some(3));
+    let failed = line("ctl status --fail").on_tty().at(&region).await;
+    assert_eq!(failed.exit, Exit::Unhealthy);
+    assert_snapshot!(failed.err, @"error: the cluster is not healthy");
+}
+
+#[tokio::test]
+async fn control_lists_are_tables_and_json() {
+    let region = Region::start(1).await;
+    add_links(&region);
+    assert_snapshot!(line("ctl region list").on_tty().at(&region).await.text(), @"
+    REGION  NUMBER        STATE     LAG    LINK ADDRESSES
+    us      1       here  up               127.0.0.1:7103
+    eu      2             degraded  12.5s  127.0.0.1:7203
+    ");
+    assert_snapshot!(line("ctl region list").at(&region).await.text(), @r#"
+    {"name":"us","number":1,"local":true,"linkAddresses":["127.0.0.1:7103"],"state":"REGION_STATE_UP","lagSeconds":0.0,"shardsWithLeader":4,"nodesUp":1,"nodes":1}
+    {"name":"eu","number":2,"local":false,"linkAddresses":["127.0.0.1:7203"],"state":"REGION_STATE_DEGRADED","lagSeconds":12.5,"shardsWithLeader":0,"nodesUp":0,"nodes":0}
+    "#);
+    assert_snapshot!(line("ctl link list").on_tty().at(&region).await.text(), @"
+    PEER  NAMESPACE  SHARD  NODE  PHASE      BEHIND  LAG     UNACKED  ERROR
+    eu    default    0      1     streaming  3       35ms    5
+    eu    default    1      1     streaming  3       0s      5
+    eu    default    2      1     blocked    3       4m 12s  5        connection refused
+    ");
+    assert_snapshot!(line("ctl link list").at(&region).await.text().lines().next().expect("a line"), @r#"{"peerRegion":"eu","namespace":"default","shard":0,"nodeId":"1","phase":"LINK_PHASE_STREAMING","lagEvents":"3","lagSeconds":0.035,"unacknowledgedEvents":"5","lastError":"","receivedEvents":"100","receivedBytes":"4096"}"#);
+    assert_snapshot!(line("ctl namespace create carts --rule siblings").on_tty().at(&region).await.text(), @"
+    NAME   ID  RULE      CREATED               ETAG
+    carts  2   siblings  2023-11-14T22:13:20Z  e1
+    ");
+    assert_snapshot!(line("ctl namespace list -o json").at(&region).await.text(), @r#"
+    {
+      "namespaces": [
+        {
+          "name": "carts",
+          "id": 2,
+          "rule": "RULE_SIBLINGS",
+          "createTime": "2023-11-14T22:13:20Z",
+          "etag": "e1"
+        }
+      ]
+    }
+    "#);
+    assert_snapshot!(line("ctl namespace get carts").at(&region).await.text(), @r#"{"name":"carts","id":2,"rule":"RULE_SIBLINGS","createTime":"2023-11-14T22:13:20Z","etag":"e1"}"#);
+    assert_eq!(line("ctl namespace delete carts").at(&region).await.exit, Exit::Ok);
+    assert_snapshot!(line("ctl namespace get carts").at(&region).await.err, @"error: namespace not found (NAMESPACE_NOT_FOUND)");
+}
+
+#[test]
+fn help_is_written_down() {
+    let help = |name: &str| {
+        let mut root = Cli::command().term_width(100);
+        root.build();
+        let command = match name {
+            "" => &mut root,
+            name => root.find_subcommand_mut(name).expect("a command"),
+        };
+        command.render_help().to_string()
+    };
+    assert_snapshot!(help(""), @"
+    A command that needs no more than a connection
+
+    Usage: tombolo <COMMAND>
+
+    Commands:
+      put          Stores a value
+      get          Reads a key
+      delete       Deletes a key
+      scan         Lists keys in byte order
+      commit       Applies several writes to keys of one shard, all or none, if all checks hold
+      load         Puts the records of a file, one a line
+      dump         Writes all records, one a line, sorted by key
+      ctl          Looks after a cluster
+      completions  Prints completions for a shell, to be sourced or put where it looks for them
+      version      Prints the version
+      help         Print this message or the help of the given subcommand(s)
+
+    Options:
+      -h, --help  Print help
+    ");
+    assert_snapshot!(help("get"), @r#"
+    Reads a key
+
+    Usage: tombolo get [OPTIONS] <KEY>
+
+    Arguments:
+      <KEY>  
+
+    Options:
+          --consistency <LEVEL>  linearizable, causal, local, or stale:DURATION [default: causal in a
+                                 session, else linearizable]
+          --one                  Fail with code 5 if concurrent writes left several values
+          --session-file <FILE>  Continue the session kept in FILE, and keep it there; created if
+                                 missing
+          --token <TOKEN>        Continue the session of this token, base64 as printed by -o json
+      -h, --help                 Print help (see more with '--help')
+
+    Connection:
+      -e, --endpoint <ADDRESS>  Nodes of one region, host:port; repeat or separate by commas [env:
+                                TOMBOLO_ENDPOINTS]
+          --context <NAME>      A named connection of the contexts file [env: TOMBOLO_CONTEXT]
+      -n, --namespace <NAME>    Namespace of the keys [default: the context's, else "default"]
+          --timeout <DURATION>  Bounds each call with its retries [default: 5s; load and dump: 30s]
+
+    Output:
+      -o, --output <FORMAT>          How to print [default: table on a terminal, else jsonl] [possible
+                                     values: table, json, jsonl, raw]
+          --key-encoding <ENCODING>  How keys are written on the command line and in output [default:
+                                     utf8] [possible values: utf8, hex, base64]
+    "#);
+    assert_snapshot!(help("load"), @r#"
+    Puts the records of a file, one a line
+
+    Usage: tombolo load [OPTIONS] <FILE>
+
+    Arguments:
+      <FILE>  What to load; - is standard input
+
+    Options:
+          --format <FORMAT>     Line format; auto goes by the file's name, then by its first line
+                                [default: auto] [possible values: auto, jsonl, tsv]
+          --concurrency <N>     Records in flight at a time [default: 64]
+          --resume              Skip the leading records that an earlier run has loaded, and keep count
+                                for the next
+          --resume-file <FILE>  Where the count is kept [default: FILE.tombolo-load]; implies --resume
+          --rate <N>            At most this many records a second
+      -h, --help                Print help (see more with '--help')
+
+    Connection:
+      -e, --endpoint <ADDRESS>  Nodes of one region, host:port; repeat or separate by commas [env:
+                                TOMBOLO_ENDPOINTS]
+          --context <NAME>      A named connection of the contexts file [env: TOMBOLO_CONTEXT]
+      -n, --namespace <NAME>    Namespace of the keys [default: the context's, else "default"]
+          --timeout <DURATION>  Bounds each call with its retries [default: 5s; load and dump: 30s]
+
+    Output:
+      -o, --output <FORMAT>          How to print [default: table on a terminal, else jsonl] [possible
+                                     values: table, json, jsonl, raw]
+          --key-encoding <ENCODING>  How keys are written on the command line and in output [default:
+                                     utf8] [possible values: utf8, hex, base64]
+    "#);
+    Cli::command().debug_assert();
+}
+
+#[tokio::test]
+async fn completions_and_version_need_no_cluster() {
+    let bash: Ran = line("completions bash").run().await;
+    assert_eq!(bash.exit, Exit::Ok);
+    assert!(bash.text().contains("--resume-file"));
+    assert_eq!(line("version").run().await.text(), "tombolo 0.1.0\n");
+    assert_eq!(
+        line("version -o json").run().await.text(),
+        "{\n  \"name\": \"tombolo\",\n  \"version\": \"0.1.0\"\n}\n"
+    );
+}

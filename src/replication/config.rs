@@ -1,0 +1,42 @@
+//! Settings of the links: plain data, no handles, safe to log.
+
+use std::time::Duration;
+
+/// Settings of the links.
+#[derive(Clone, Debug)]
+pub struct ReplicationConfig {
+    /// Largest batch that is sent and ingested at once, in bytes. A larger change goes alone.
+    pub batch_bytes_max: usize,
+    /// Sent and not yet acknowledged, per stream, in bytes; bounds the receiver's memory.
+    pub in_flight_bytes_max: usize,
+    /// Shortest pause before a link is tried again.
+    pub retry_min: Duration,
+    /// Longest pause before a link is tried again.
+    pub retry_max: Duration,
+    /// A stream that says nothing for so long, or does not move although it lags, is reset.
+    pub watchdog: Duration,
+    /// How often an unchanged frontier is told again.
+    pub heartbeat: Duration,
+}
+
+impl Default for ReplicationConfig {
+    fn default() -> Self {
+        Self {
+            batch_bytes_max: 1 << 20,
+            in_flight_bytes_max: 4 << 20,
+            retry_min: Duration::from_millis(100),
+            retry_max: Duration::from_secs(5),
+            watchdog: Duration::from_secs(30),
+            heartbeat: Duration::from_secs(5),
+        }
+    }
+}
+
+/// How long connecting, and the first answer of a peer, may take.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often frontiers that moved are told.
+pub(crate) const FRONTIER_INTERVAL: Duration = Duration::from_secs(1);
+/// How long one ingest may take before its outcome counts as unknown.
+pub(crate) const INGEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// Messages waiting between a task and its stream, each way.
+pub(crate) const STREAM_MESSAGES_MAX: usize = 16;

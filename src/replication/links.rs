@@ -1,0 +1,95 @@
+//! Starts and stops pullers as leadership of shards comes and goes.
+
+use std::sync::Arc;
+
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tombolo_shard::{Shard, Shards};
+
+use crate::{
+    channels::LinkChannels, config::ReplicationConfig, puller::Puller, status::LinkStatuses,
+};
+
+/// All links of a node.
+pub struct Links {
+    shards: Shards,
+    config: ReplicationConfig,
+    channels: LinkChannels,
+    statuses: Arc<LinkStatuses>,
+}
+
+impl Links {
+    /// The links of `shards`.
+    pub fn new(shards: Shards, config: ReplicationConfig) -> Self {
+        let statuses = Arc::new(LinkStatuses::default());
+        Self { shards, config, channels: LinkChannels::default(), statuses }
+    }
+
+    /// What the links are doing.
+    pub fn statuses(&self) -> Arc<LinkStatuses> {
+        Arc::clone(&self.statuses)
+    }
+
+    /// Connections that other calls to the same regions may share.
+    pub fn channels(&self) -> LinkChannels {
+        self.channels.clone()
+    }
+
+    /// Pulls for every shard that this node leads, until `shutdown` fires.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let tasks = TaskTracker::new();
+        for shard in self.shards.iter() {
+            tasks.spawn(self.follow(shard.clone(), shutdown.clone()));
+        }
+        tasks.close();
+        tasks.wait().await;
+    }
+
+    /// Runs one shard's pullers whenever this node leads it.
+    fn follow(
+        &self,
+        shard: Shard,
+        shutdown: CancellationToken,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        let catalog = self.shards.catalog().clone();
+        let (channels, statuses) = (self.channels.clone(), Arc::clone(&self.statuses));
+        let config = self.config.clone();
+        async move {
+            let mut leadership = shard.group().leadership();
+            loop {
+                leadership.borrow_and_update();
+                let stop = shutdown.child_token();
+                let pullers = TaskTracker::new();
+                if shard.is_leader() {
+                    let topology = Arc::new(shard.topology().clone());
+                    for peer in topology.peers().filter(|peer| !peer.link_addresses.is_empty()) {
+                        let puller = Puller {
+                            shard: shard.clone(),
+                            peer: peer.clone(),
+                            catalog: catalog.clone(),
+                            channels: channels.clone(),
+                            statuses: Arc::clone(&statuses),
+                            config: config.clone(),
+                        };
+                        pullers.spawn(puller.run(stop.clone()));
+                    }
+                }
+                pullers.close();
+                let was_leader = shard.is_leader();
+                while shard.is_leader() == was_leader {
+                    // Safe to drop: it only looks.
+                    tokio::select! {
+                        () = shutdown.cancelled() => break,
+                        changed = leadership.changed() => if changed.is_err() { break },
+                    }
+                }
+                stop.cancel();
+                pullers.wait().await;
+                statuses.forget_shard(shard.id());
+                shard.peers().clear();
+                if shutdown.is_cancelled() || leadership.has_changed().is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,475 @@
+//! The receiving side: one shard's leader pulls from one peer region.
+//!
+//! One task. It reads the stream, holds back what must wait for another region, ingests through
+//! Raft one batch at a time while the next ones arrive, and acknowledges what is applied.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use futures::future::{BoxFuture, OptionFuture};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, MissedTickBehavior},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tombolo_cluster::{Catalog, Region};
+use tombolo_core::{
+    Change, NamespaceId, Rule, VersionVector,
+    command::{Ingested, Stopped},
+    namespace::Namespace,
+};
+use tombolo_proto::internal::v1::{self as pb, link_service_client::LinkServiceClient};
+use tombolo_shard::{Shard, ShardError};
+use tonic::{Code, Status, Streaming, codec::CompressionEncoding};
+
+use crate::{
+    backoff::Backoff,
+    channels::LinkChannels,
+    config::{
+        CONNECT_TIMEOUT, FRONTIER_INTERVAL, INGEST_TIMEOUT, ReplicationConfig, STREAM_MESSAGES_MAX,
+    },
+    pending::Pending,
+    server::message_bytes_max,
+    status::{LinkKey, LinkPhase, LinkStatuses},
+    wire,
+};
+
+/// Pulls one shard from one region while this node leads the shard.
+#[derive(Clone)]
+pub(crate) struct Puller {
+    pub(crate) shard: Shard,
+    pub(crate) peer: Region,
+    pub(crate) catalog: Catalog,
+    pub(crate) channels: LinkChannels,
+    pub(crate) statuses: Arc<LinkStatuses>,
+    pub(crate) config: ReplicationConfig,
+}
+
+/// Why a stream ended.
+#[derive(Debug, thiserror::Error)]
+enum PullError {
+    /// Another node of the peer region may lead: try the next address.
+    #[error("{0}")]
+    TryNext(String),
+    /// Try again after a pause.
+    #[error("{0}")]
+    Broken(String),
+    /// This node does not lead the shard any more.
+    #[error("this node lost the shard's leadership")]
+    LeadershipLost,
+}
+
+impl Puller {
+    /// Pulls until `shutdown` fires, which it does when this node stops leading the shard.
+    pub(crate) async fn run(self, shutdown: CancellationToken) {
+        let mut backoff = Backoff::new(self.config.retry_min, self.config.retry_max);
+        let mut refused_in_a_row = 0;
+        let mut place = 0;
+        while !shutdown.is_cancelled() {
+            let address = &self.peer.link_addresses[place % self.peer.link_addresses.len()];
+            let mut streamed = false;
+            let ended = shutdown.run_until_cancelled(self.pull(address, &mut streamed)).await;
+            let Some(Err(error)) = ended else { break };
+            if streamed {
+                backoff.reset();
+                refused_in_a_row = 0;
+            }
+            let pause = match &error {
+                PullError::LeadershipLost => break,
+                PullError::TryNext(_) if refused_in_a_row + 1 < self.peer.link_addresses.len() => {
+                    refused_in_a_row += 1;
+                    Duration::ZERO
+                }
+                PullError::TryNext(_) | PullError::Broken(_) => {
+                    refused_in_a_row = 0;
+                    backoff.next_pause()
+                }
+            };
+            place += 1;
+            self.report(&error, streamed, pause);
+            shutdown.run_until_cancelled(tokio::time::sleep(pause)).await;
+        }
+    }
+
+    fn report(&self, error: &PullError, streamed: bool, pause: Duration) {
+        let reason = error.to_string();
+        if streamed {
+            tracing::warn!(
+                shard = %self.shard.id(),
+                peer = %self.peer.name,
+                error = %reason,
+                "link broken, will retry"
+            );
+        }
+        for namespace in self.namespaces().into_keys() {
+            self.statuses.update(self.key(namespace), |status| {
+                status.phase =
+                    if pause.is_zero() { LinkPhase::Connecting } else { LinkPhase::Blocked };
+                status.last_error = Some(reason.clone());
+                status.next_retry = SystemTime::now().checked_add(pause);
+            });
+        }
+    }
+
+    fn key(&self, namespace: NamespaceId) -> LinkKey {
+        LinkKey { peer: self.peer.id, namespace, shard: self.shard.id() }
+    }
+
+    /// What to pull: all namespaces, and the catalog itself where it lives.
+    fn namespaces(&self) -> BTreeMap<NamespaceId, Arc<Namespace>> {
+        let mut namespaces: BTreeMap<_, _> = self
+            .catalog
+            .current()
+            .iter()
+            .map(|namespace| (namespace.id, Arc::clone(namespace)))
+            .collect();
+        if self.shard.id() == self.shard.topology().catalog_shard() {
+            namespaces.insert(NamespaceId::CATALOG, Arc::new(catalog_namespace()));
+        }
+        namespaces
+    }
+
+    async fn pull(&self, address: &str, streamed: &mut bool) -> Result<(), PullError> {
+        let (requests, stream) = self.open(address).await?;
+        *streamed = true;
+        tracing::info!(
+            shard = %self.shard.id(),
+            peer = %self.peer.name,
+            address,
+            "link established"
+        );
+        Stream {
+            puller: self,
+            requests,
+            lanes: BTreeMap::new(),
+            ingest: None,
+            moved: Instant::now(),
+        }
+        .run(stream)
+        .await
+    }
+
+    async fn open(
+        &self,
+        address: &str,
+    ) -> Result<(mpsc::Sender<pb::PullRequest>, Streaming<pb::PullResponse>), PullError> {
+        let channel = self
+            .channels
+            .get(address)
+            .map_err(|error| PullError::Broken(format!("`{address}` is no address: {error}")))?;
+        let mut client = LinkServiceClient::new(channel)
+            .accept_compressed(CompressionEncoding::Zstd)
+            .send_compressed(CompressionEncoding::Zstd)
+            .max_decoding_message_size(message_bytes_max());
+        let (requests, receiver) = mpsc::channel(STREAM_MESSAGES_MAX);
+        let identity = wire::link_identity(self.shard.topology(), &self.peer);
+        let open = wire::open(identity, u32::from(self.shard.id().0));
+        // The channel is new and has room.
+        let _ = requests.try_send(open);
+        let opening = async {
+            let mut stream = client.pull(ReceiverStream::new(receiver)).await?.into_inner();
+            let first = stream.message().await?;
+            match first.and_then(|first| first.body) {
+                Some(pb::pull_response::Body::Opened(opened)) => {
+                    wire::check_identity(self.shard.topology(), opened.identity)?;
+                    Ok(stream)
+                }
+                Some(_) | None => Err(Status::internal("the peer did not open the stream")),
+            }
+        };
+        match tokio::time::timeout(CONNECT_TIMEOUT, opening).await {
+            Ok(Ok(stream)) => Ok((requests, stream)),
+            Ok(Err(status)) => Err(classify(address, &status)),
+            Err(_) => Err(PullError::TryNext(format!("{address} did not answer in time"))),
+        }
+    }
+}
+
+/// The catalog's own namespace: last writer wins, and only the home region writes.
+fn catalog_namespace() -> Namespace {
+    Namespace {
+        id: NamespaceId::CATALOG,
+        name: "catalog".to_owned(),
+        rule: Rule::Lww,
+        created: tombolo_core::HybridTime::ZERO,
+    }
+}
+
+fn classify(address: &str, status: &Status) -> PullError {
+    let text = format!("{address}: {}", status.message());
+    match status.code() {
+        Code::Unavailable => PullError::TryNext(text),
+        _ => PullError::Broken(text),
+    }
+}
+
+/// One open stream.
+struct Stream<'a> {
+    puller: &'a Puller,
+    requests: mpsc::Sender<pb::PullRequest>,
+    lanes: BTreeMap<NamespaceId, Lane>,
+    /// The batch on its way through Raft.
+    ingest: Option<BoxFuture<'static, (NamespaceId, Result<Ingested, ShardError>)>>,
+    /// When a frontier moved last, or there was nothing to move for.
+    moved: Instant,
+}
+
+/// One namespace of a stream.
+struct Lane {
+    namespace: Arc<Namespace>,
+    pending: Pending,
+    /// What the peer said it has.
+    peer_frontier: VersionVector,
+    /// What the peer was told that is applied here.
+    acknowledged: VersionVector,
+}
+
+impl Stream<'_> {
+    async fn run(mut self, mut stream: Streaming<pb::PullResponse>) -> Result<(), PullError> {
+        let shard = &self.puller.shard;
+        let mut versions = self.puller.catalog.subscribe();
+        let mut applied = shard.store().watch_applied();
+        let mut ticks = tokio::time::interval(FRONTIER_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut heard = Instant::now();
+        self.subscribe().await?;
+        loop {
+            applied.borrow_and_update();
+            self.start_ingest();
+            let ingesting = self.ingest.is_some();
+            let held_back = !ingesting && self.lanes.values().any(|lane| !lane.pending.is_empty());
+            // Safe to drop: a message is taken whole, and the ingest lives outside the `select!`.
+            tokio::select! {
+                biased;
+                Some((namespace, result)) = OptionFuture::from(self.ingest.as_mut()) => {
+                    self.ingest = None;
+                    self.ingested(namespace, result).await?;
+                }
+                message = stream.message() => {
+                    heard = Instant::now();
+                    match message {
+                        Ok(Some(message)) => self.receive(message)?,
+                        Ok(None) => return Err(broken("the peer ended the stream")),
+                        Err(status) => return Err(broken(status.message())),
+                    }
+                }
+                changed = applied.changed(), if held_back => {
+                    changed.map_err(|_| PullError::LeadershipLost)?;
+                }
+                changed = versions.changed() => {
+                    changed.map_err(|_| PullError::LeadershipLost)?;
+                    self.subscribe().await?;
+                }
+                _ = ticks.tick() => {
+                    self.acknowledge_all().await?;
+                    self.watch(heard)?;
+                }
+            }
+        }
+    }
+
+    /// Subscribes to namespaces that are new, and drops those that are gone.
+    async fn subscribe(&mut self) -> Result<(), PullError> {
+        let wanted = self.puller.namespaces();
+        let gone: Vec<_> =
+            self.lanes.keys().filter(|id| !wanted.contains_key(id)).copied().collect();
+        for namespace in gone {
+            self.lanes.remove(&namespace);
+            self.puller.statuses.forget(self.puller.key(namespace));
+        }
+        for (id, namespace) in wanted {
+            if !self.lanes.contains_key(&id) {
+                self.begin(namespace).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins a namespace's stream at this region's frontier.
+    async fn begin(&mut self, namespace: Arc<Namespace>) -> Result<(), PullError> {
+        let id = namespace.id;
+        let frontier = self.puller.shard.frontier(id);
+        send(&self.requests, wire::subscribe(id, &frontier)).await?;
+        let lane = Lane {
+            namespace,
+            pending: Pending::default(),
+            peer_frontier: VersionVector::new(),
+            acknowledged: frontier,
+        };
+        self.lanes.insert(id, lane);
+        self.puller.statuses.update(self.puller.key(id), |status| {
+            status.phase = LinkPhase::Streaming;
+            status.last_error = None;
+            status.next_retry = None;
+        });
+        Ok(())
+    }
+
+    fn receive(&mut self, message: pb::PullResponse) -> Result<(), PullError> {
+        match message.body {
+            Some(pb::pull_response::Body::Changes(changes)) => self.take_changes(changes),
+            Some(pb::pull_response::Body::Heartbeat(heartbeat)) => {
+                let frontier = wire::decode_frontier(heartbeat.frontier)
+                    .map_err(|status| broken(status.message()))?;
+                let id = NamespaceId(heartbeat.namespace);
+                if let Some(lane) = self.lanes.get_mut(&id) {
+                    lane.peer_frontier = frontier;
+                    self.show_lag(id);
+                }
+                Ok(())
+            }
+            Some(pb::pull_response::Body::Trimmed(trimmed)) => {
+                let id = NamespaceId(trimmed.namespace);
+                self.puller.statuses.update(self.puller.key(id), |status| {
+                    status.phase = LinkPhase::Blocked;
+                    status.last_error = Some(
+                        "the peer's change log no longer reaches back to what this region \
+                              has; it needs repair"
+                            .to_owned(),
+                    );
+                });
+                tracing::error!(
+                    shard = %self.puller.shard.id(),
+                    peer = %self.puller.peer.name,
+                    namespace = %id,
+                    "the peer's change log no longer reaches back to what this region has"
+                );
+                Ok(())
+            }
+            Some(pb::pull_response::Body::Opened(_)) | None => {
+                Err(broken("the peer sent a message that this version does not know"))
+            }
+        }
+    }
+
+    fn take_changes(&mut self, changes: pb::Changes) -> Result<(), PullError> {
+        let id = NamespaceId(changes.namespace);
+        // A batch of a namespace that was deleted here meanwhile may still arrive.
+        let Some(lane) = self.lanes.get_mut(&id) else { return Ok(()) };
+        let (mut events, mut bytes) = (0, 0);
+        for encoded in changes.changes {
+            let size = encoded.len();
+            let change = Change::from_bytes(encoded)
+                .map_err(|error| broken(&format!("a damaged change arrived: {error}")))?;
+            lane.peer_frontier.add(change.last());
+            events += change.deltas.len() as u64;
+            bytes += size as u64;
+            lane.pending.push(change, size);
+        }
+        self.puller.statuses.update(self.puller.key(id), |status| {
+            status.received_events += events;
+            status.received_bytes += bytes;
+        });
+        self.show_lag(id);
+        Ok(())
+    }
+
+    fn show_lag(&self, id: NamespaceId) {
+        let Some(lane) = self.lanes.get(&id) else { return };
+        let lag_events = lane.peer_frontier.events_beyond(&self.puller.shard.frontier(id));
+        self.puller.statuses.update(self.puller.key(id), |status| status.lag_events = lag_events);
+    }
+
+    /// Starts the next batch if none is on its way.
+    fn start_ingest(&mut self) {
+        if self.ingest.is_some() {
+            return;
+        }
+        let shard = &self.puller.shard;
+        for (&id, lane) in &mut self.lanes {
+            if lane.pending.is_empty() {
+                continue;
+            }
+            let frontier = shard.frontier(id);
+            let ready = lane.pending.take_ready(&frontier, self.puller.config.batch_bytes_max);
+            if !ready.is_empty() {
+                let (shard, namespace) = (shard.clone(), Arc::clone(&lane.namespace));
+                self.ingest = Some(Box::pin(async move {
+                    let deadline = Instant::now() + INGEST_TIMEOUT;
+                    (id, shard.ingest(&namespace, ready, deadline).await)
+                }));
+                return;
+            }
+        }
+    }
+
+    async fn ingested(
+        &mut self,
+        id: NamespaceId,
+        result: Result<Ingested, ShardError>,
+    ) -> Result<(), PullError> {
+        let ingested = match result {
+            Ok(ingested) => ingested,
+            Err(ShardError::NotLeader { .. }) => return Err(PullError::LeadershipLost),
+            // Whatever became of the batch, the frontier knows: begin again from it.
+            Err(error) => return Err(broken(&format!("ingesting failed: {error}"))),
+        };
+        self.moved = Instant::now();
+        match ingested.stopped {
+            None | Some(Stopped::Dependency) => {}
+            Some(Stopped::Gap) => return Err(broken("the stream has a gap")),
+            Some(Stopped::OwnChangeUnknown) => {
+                return Err(broken(
+                    "the peer holds a write of this region that this region does not know: its \
+                     counters went back; restore it under a new incarnation",
+                ));
+            }
+        }
+        self.acknowledge(id).await?;
+        self.show_lag(id);
+        Ok(())
+    }
+
+    /// Tells the peer what is applied here, if it changed.
+    async fn acknowledge(&mut self, id: NamespaceId) -> Result<(), PullError> {
+        let frontier = self.puller.shard.frontier(id);
+        let Some(lane) = self.lanes.get_mut(&id) else { return Ok(()) };
+        if lane.acknowledged == frontier {
+            return Ok(());
+        }
+        lane.acknowledged = frontier.clone();
+        send(&self.requests, wire::acknowledge(id, &frontier)).await
+    }
+
+    async fn acknowledge_all(&mut self) -> Result<(), PullError> {
+        let ids: Vec<_> = self.lanes.keys().copied().collect();
+        for id in ids {
+            self.acknowledge(id).await?;
+        }
+        Ok(())
+    }
+
+    /// Resets a stream that is silent, or that does not move although it lags.
+    fn watch(&mut self, heard: Instant) -> Result<(), PullError> {
+        let limit = self.puller.config.watchdog;
+        if heard.elapsed() > limit {
+            return Err(broken("the peer was silent for too long"));
+        }
+        let held_back = self.lanes.values().find_map(|lane| lane.pending.waits_for());
+        if held_back.is_none() && self.ingest.is_none() {
+            self.moved = Instant::now();
+        }
+        if self.moved.elapsed() > limit {
+            let waits_for = held_back.map(ToString::to_string).unwrap_or_default();
+            return Err(broken(&format!(
+                "no change was applied for too long: waits for {waits_for}"
+            )));
+        }
+        Ok(())
+    }
+}
+
+async fn send(
+    requests: &mpsc::Sender<pb::PullRequest>,
+    request: pb::PullRequest,
+) -> Result<(), PullError> {
+    requests.send(request).await.map_err(|_| broken("the peer ended the stream"))
+}
+
+fn broken(reason: &str) -> PullError {
+    PullError::Broken(reason.to_owned())
+}

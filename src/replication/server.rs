@@ -1,0 +1,162 @@
+//! The link port's gRPC service.
+
+use std::{pin::Pin, sync::Arc};
+
+use futures::{Stream, StreamExt, future::BoxFuture};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tombolo_core::{Rule, ShardId};
+use tombolo_proto::internal::v1::{
+    self as pb,
+    link_service_server::{LinkService, LinkServiceServer},
+};
+use tombolo_shard::{Shard, Shards};
+use tonic::{Request, Response, Status, Streaming, codec::CompressionEncoding};
+
+use crate::{
+    config::{CONNECT_TIMEOUT, ReplicationConfig, STREAM_MESSAGES_MAX},
+    feed::Feed,
+    wire::{check_identity, link_identity},
+};
+
+/// A change of the catalog, asked for by another region.
+#[derive(Clone, Debug)]
+pub enum CatalogChange {
+    /// Create a namespace.
+    Create {
+        /// Its name.
+        name: String,
+        /// Its rule.
+        rule: Rule,
+    },
+    /// Delete a namespace.
+    Delete {
+        /// Its name.
+        name: String,
+        /// If not empty, its etag must be this.
+        etag: String,
+    },
+}
+
+/// Carries out catalog changes in the home region. Implemented by the layer above, which knows
+/// how to reach the leader of the catalog's shard.
+pub trait CatalogChanges: Send + Sync + 'static {
+    /// Carries out a change and answers the encoded namespace.
+    fn change(&self, change: CatalogChange) -> BoxFuture<'_, Result<bytes::Bytes, Status>>;
+}
+
+/// Serves other regions' pulls.
+pub struct LinkServer {
+    shards: Shards,
+    config: ReplicationConfig,
+    catalog: Arc<dyn CatalogChanges>,
+    shutdown: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// Largest message on a link: a batch, and one change that exceeds it.
+const MESSAGE_BYTES_MAX: usize = 192 << 20;
+
+impl LinkServer {
+    /// A server over `shards`. Its streams end when `shutdown` fires; `tasks` tracks them.
+    pub fn new(
+        shards: Shards,
+        config: ReplicationConfig,
+        catalog: Arc<dyn CatalogChanges>,
+        shutdown: CancellationToken,
+        tasks: TaskTracker,
+    ) -> Self {
+        Self { shards, config, catalog, shutdown, tasks }
+    }
+
+    /// The tonic service.
+    pub fn into_service(self) -> LinkServiceServer<Self> {
+        LinkServiceServer::new(self)
+            .send_compressed(CompressionEncoding::Zstd)
+            .accept_compressed(CompressionEncoding::Zstd)
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    fn led_shard(&self, number: u32) -> Result<&Shard, Status> {
+        let shard = u16::try_from(number)
+            .ok()
+            .and_then(|number| self.shards.get(ShardId(number)))
+            .ok_or_else(|| Status::invalid_argument(format!("there is no shard {number}")))?;
+        if shard.is_leader() { Ok(shard) } else { Err(not_leader(shard)) }
+    }
+}
+
+/// Largest message that a puller accepts.
+pub(crate) const fn message_bytes_max() -> usize {
+    MESSAGE_BYTES_MAX
+}
+
+/// The refusal of a node that does not lead a shard.
+pub(crate) fn not_leader(shard: &Shard) -> Status {
+    let mut status = Status::unavailable(format!("this node does not lead shard {}", shard.id()));
+    let leader = shard.leader();
+    let link = leader.and_then(|leader| shard.topology().node(leader)).map(|node| &node.link);
+    if let Some(Ok(link)) = link.map(|link| link.parse()) {
+        status.metadata_mut().insert("leader_link_address", link);
+    }
+    status
+}
+
+type PullStream = Pin<Box<dyn Stream<Item = Result<pb::PullResponse, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl LinkService for LinkServer {
+    type PullStream = PullStream;
+
+    async fn pull(
+        &self,
+        request: Request<Streaming<pb::PullRequest>>,
+    ) -> Result<Response<PullStream>, Status> {
+        let mut requests = request.into_inner();
+        let first = tokio::time::timeout(CONNECT_TIMEOUT, requests.next())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no first message"))?
+            .ok_or_else(|| Status::invalid_argument("the stream is empty"))??;
+        let Some(pb::pull_request::Body::Open(open)) = first.body else {
+            return Err(Status::invalid_argument("the first message must be `open`"));
+        };
+        let topology = self.shards.topology();
+        let peer = check_identity(topology, open.identity)?;
+        let shard = self.led_shard(open.shard)?.clone();
+
+        let (replies, receiver) = mpsc::channel(STREAM_MESSAGES_MAX);
+        let identity = topology.region(peer).map(|region| link_identity(topology, region));
+        let opened = pb::Opened { identity, node_id: topology.node.0 };
+        let opened = pb::PullResponse { body: Some(pb::pull_response::Body::Opened(opened)) };
+        // The channel is new and has room.
+        let _ = replies.try_send(Ok(opened));
+        let feed =
+            Feed { shard, peer, config: self.config.clone(), subscriptions: Default::default() };
+        self.tasks.spawn(feed.run(requests, replies, self.shutdown.clone()));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn change_catalog(
+        &self,
+        request: Request<pb::ChangeCatalogRequest>,
+    ) -> Result<Response<pb::ChangeCatalogResponse>, Status> {
+        let request = request.into_inner();
+        check_identity(self.shards.topology(), request.identity)?;
+        let change = match request.change {
+            Some(pb::change_catalog_request::Change::Create(create)) => {
+                let rule = u8::try_from(create.rule).ok().and_then(Rule::from_byte);
+                let rule = rule.ok_or_else(|| {
+                    Status::unimplemented(format!("rule number {} is not served", create.rule))
+                })?;
+                CatalogChange::Create { name: create.name, rule }
+            }
+            Some(pb::change_catalog_request::Change::Delete(delete)) => {
+                CatalogChange::Delete { name: delete.name, etag: delete.etag }
+            }
+            None => return Err(Status::invalid_argument("the request names no change")),
+        };
+        let namespace = self.catalog.change(change).await?;
+        Ok(Response::new(pb::ChangeCatalogResponse { namespace }))
+    }
+}

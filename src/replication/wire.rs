@@ -1,0 +1,124 @@
+//! Between the link's messages and the types of `core`. Nothing else knows the wire format.
+
+use tombolo_cluster::{Region, Topology};
+use tombolo_core::{Actor, NamespaceId, RegionId, VersionVector};
+use tombolo_proto::internal::v1 as pb;
+use tonic::Status;
+
+use crate::LINK_PROTOCOL;
+
+pub(crate) fn encode_frontier(frontier: &VersionVector) -> Vec<pb::VectorEntry> {
+    frontier
+        .iter()
+        .map(|(actor, seq)| pb::VectorEntry {
+            region: u32::from(actor.region.0),
+            incarnation: actor.incarnation,
+            seq,
+        })
+        .collect()
+}
+
+pub(crate) fn decode_frontier(entries: Vec<pb::VectorEntry>) -> Result<VersionVector, Status> {
+    entries
+        .into_iter()
+        .map(|entry| {
+            let region = decode_region(entry.region)?;
+            Ok((Actor { region, incarnation: entry.incarnation }, entry.seq))
+        })
+        .collect()
+}
+
+pub(crate) fn decode_region(number: u32) -> Result<RegionId, Status> {
+    u16::try_from(number)
+        .map(RegionId)
+        .map_err(|_| Status::invalid_argument(format!("region number {number} exceeds 65535")))
+}
+
+/// Who calls `to`: the first thing on every stream.
+pub fn link_identity(topology: &Topology, to: &Region) -> pb::LinkIdentity {
+    pb::LinkIdentity {
+        cluster_id: topology.cluster_id.clone(),
+        from_region: topology.local_name(),
+        to_region: to.name.clone(),
+        from_region_number: u32::from(topology.region.0),
+        shard_count: u32::from(topology.shard_count),
+        protocol: LINK_PROTOCOL,
+    }
+}
+
+/// Checks who is at the other end, and answers its region.
+///
+/// # Errors
+/// FAILED_PRECONDITION, naming what differs and what to do.
+pub(crate) fn check_identity(
+    topology: &Topology,
+    identity: Option<pb::LinkIdentity>,
+) -> Result<RegionId, Status> {
+    let identity =
+        identity.ok_or_else(|| Status::invalid_argument("the first message has no identity"))?;
+    let refuse = |what: String| Err(Status::failed_precondition(what));
+    if identity.cluster_id != topology.cluster_id {
+        return refuse(format!(
+            "cluster `{}` called cluster `{}`: check cluster_id and the link addresses in the \
+             caller's configuration",
+            identity.cluster_id, topology.cluster_id
+        ));
+    }
+    if identity.to_region != topology.local_name() {
+        return refuse(format!(
+            "region `{}` called region `{}` but this is region `{}`: check [[regions]].link in \
+             the caller's configuration",
+            identity.from_region,
+            identity.to_region,
+            topology.local_name()
+        ));
+    }
+    if identity.shard_count != u32::from(topology.shard_count) {
+        return refuse(format!(
+            "region `{}` has {} shards and region `{}` has {}: all regions of a cluster have the \
+             same number, fixed when it is created",
+            identity.from_region,
+            identity.shard_count,
+            topology.local_name(),
+            topology.shard_count
+        ));
+    }
+    if identity.protocol != LINK_PROTOCOL {
+        return refuse(format!(
+            "region `{}` speaks link protocol {} and this node {LINK_PROTOCOL}: upgrade the older",
+            identity.from_region, identity.protocol
+        ));
+    }
+    match topology.region_named(&identity.from_region) {
+        Some(region) if u32::from(region.id.0) == identity.from_region_number => Ok(region.id),
+        Some(region) => refuse(format!(
+            "region `{}` calls itself number {} but is number {} here: [[regions]] must be the \
+             same everywhere",
+            identity.from_region, identity.from_region_number, region.id
+        )),
+        None => refuse(format!(
+            "region `{}` is not in this node's [[regions]]: add it",
+            identity.from_region
+        )),
+    }
+}
+
+pub(crate) fn open(identity: pb::LinkIdentity, shard: u32) -> pb::PullRequest {
+    let open = pb::Open { identity: Some(identity), shard };
+    pb::PullRequest { body: Some(pb::pull_request::Body::Open(open)) }
+}
+
+pub(crate) fn subscribe(namespace: NamespaceId, frontier: &VersionVector) -> pb::PullRequest {
+    let subscribe = pb::Subscribe {
+        namespace: namespace.0,
+        frontier: encode_frontier(frontier),
+        origins: Vec::new(),
+    };
+    pb::PullRequest { body: Some(pb::pull_request::Body::Subscribe(subscribe)) }
+}
+
+pub(crate) fn acknowledge(namespace: NamespaceId, frontier: &VersionVector) -> pb::PullRequest {
+    let frontier = encode_frontier(frontier);
+    let acknowledge = pb::Acknowledge { namespace: namespace.0, frontier };
+    pb::PullRequest { body: Some(pb::pull_request::Body::Acknowledge(acknowledge)) }
+}

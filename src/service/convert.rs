@@ -1,0 +1,198 @@
+//! Between protobuf messages and the types of `core`: `TryFrom` in, `From` out.
+
+use bytes::Bytes;
+use prost_types::Timestamp;
+use tombolo_cluster::Topology;
+use tombolo_core::{
+    Actor, Content, Dot, HybridTime, NamespaceId, Record, RegionId, RequestId,
+    command::{Check, Condition, Operation},
+    key::check_key,
+    token::{ClusterTag, decode_context, encode_context},
+};
+use tombolo_proto::v1 as pb;
+use tombolo_shard::Revision;
+use tonic::Status;
+
+use crate::{
+    reason::Reason,
+    status::{not_implemented, of_key_error, of_token_error},
+};
+
+/// What converting needs to know of the request's surroundings.
+#[derive(Clone, Copy)]
+pub(crate) struct Scope<'a> {
+    pub(crate) topology: &'a Topology,
+    pub(crate) cluster: ClusterTag,
+    pub(crate) namespace: NamespaceId,
+    pub(crate) now: HybridTime,
+    pub(crate) value_bytes_max: usize,
+}
+
+impl Scope<'_> {
+    pub(crate) fn key(&self, key: Bytes) -> Result<Bytes, Status> {
+        check_key(&key).map_err(of_key_error)?;
+        Ok(key)
+    }
+
+    pub(crate) fn put(
+        &self,
+        key: Bytes,
+        value: Option<pb::Value>,
+        expire: Option<HybridTime>,
+        context: &Bytes,
+    ) -> Result<Operation, Status> {
+        let data = match value.and_then(|value| value.kind) {
+            Some(pb::value::Kind::Data(data)) => data,
+            Some(pb::value::Kind::Counter(_)) => return Err(not_implemented("a counter value")),
+            Some(pb::value::Kind::Set(_)) => return Err(not_implemented("a set value")),
+            Some(pb::value::Kind::Map(_)) => return Err(not_implemented("a map value")),
+            None => {
+                return Err(Reason::RequestInvalid
+                    .status("the value is missing; to remove a key, delete it", &[]));
+            }
+        };
+        if data.len() > self.value_bytes_max {
+            return Err(Reason::ValueTooLarge.status(
+                format!(
+                    "the value has {} bytes; at most {} are allowed",
+                    data.len(),
+                    self.value_bytes_max
+                ),
+                &[("max_bytes", self.value_bytes_max.to_string())],
+            ));
+        }
+        self.operation(key, Content::Value { data, expire }, context)
+    }
+
+    pub(crate) fn operation(
+        &self,
+        key: Bytes,
+        content: Content,
+        context: &Bytes,
+    ) -> Result<Operation, Status> {
+        let key = self.key(key)?;
+        let context = if context.is_empty() {
+            None
+        } else {
+            let decoded = decode_context(self.cluster, self.namespace, &key, context);
+            Some(decoded.map_err(|error| of_token_error(Reason::ContextInvalid, &error))?)
+        };
+        Ok(Operation { key, content, context })
+    }
+
+    pub(crate) fn write(&self, write: pb::Write) -> Result<Operation, Status> {
+        match write.action {
+            Some(pb::write::Action::Put(value)) => {
+                self.put(write.key, Some(value), None, &write.context)
+            }
+            Some(pb::write::Action::Delete(pb::Remove {})) => {
+                self.operation(write.key, Content::Tombstone, &write.context)
+            }
+            None => Err(Reason::RequestInvalid.status("a write has neither put nor delete", &[])),
+        }
+    }
+
+    pub(crate) fn check(&self, check: pb::Check) -> Result<Check, Status> {
+        let condition = match check.condition {
+            Some(pb::check::Condition::Absent(pb::Absent {})) => Condition::Absent,
+            Some(pb::check::Condition::Present(pb::Present {})) => Condition::Present,
+            Some(pb::check::Condition::DotEquals(dot)) => Condition::DotEquals(decode_dot(dot)?),
+            Some(pb::check::Condition::DataEquals(data)) => Condition::DataEquals(data),
+            None => return Err(Reason::RequestInvalid.status("a check has no condition", &[])),
+        };
+        Ok(Check { key: self.key(check.key)?, condition })
+    }
+
+    /// The live versions of a record and its context, as a reader sees them.
+    pub(crate) fn versions(
+        &self,
+        key: &[u8],
+        record: Option<&Record>,
+        keys_only: bool,
+    ) -> (Vec<pb::Version>, Bytes) {
+        let Some(record) = record else { return (Vec::new(), Bytes::new()) };
+        let version = |(sibling, data): (&tombolo_core::record::Sibling, &Bytes)| {
+            let expire = match &sibling.content {
+                Content::Value { expire, .. } => *expire,
+                Content::Tombstone => None,
+            };
+            let kind = Some(pb::value::Kind::Data(data.clone()));
+            pb::Version {
+                dot: Some(encode_dot(sibling.dot)),
+                value: (!keys_only).then_some(pb::Value { kind }),
+                origin_region: self.topology.region_name(sibling.dot.actor.region),
+                write_time: Some(timestamp(sibling.time)),
+                hybrid_time: sibling.time.to_bits(),
+                expire_time: expire.map(timestamp),
+            }
+        };
+        let versions = record.live_at(self.now).map(version).collect();
+        (versions, encode_context(self.cluster, self.namespace, key, record.context()))
+    }
+}
+
+pub(crate) fn encode_dot(dot: Dot) -> pb::Dot {
+    pb::Dot {
+        region: u32::from(dot.actor.region.0),
+        incarnation: dot.actor.incarnation,
+        seq: dot.seq,
+    }
+}
+
+fn decode_dot(dot: pb::Dot) -> Result<Dot, Status> {
+    let region = u16::try_from(dot.region)
+        .map_err(|_| Reason::RequestInvalid.status("a dot's region exceeds 65535", &[]))?;
+    let actor = Actor { region: RegionId(region), incarnation: dot.incarnation };
+    Ok(Dot { actor, seq: dot.seq })
+}
+
+pub(crate) fn encode_revision(revision: Revision) -> pb::Revision {
+    pb::Revision { shard: u32::from(revision.shard.0), term: revision.term, index: revision.index }
+}
+
+pub(crate) fn decode_request_id(id: Option<pb::RequestId>) -> Result<Option<RequestId>, Status> {
+    match id {
+        None => Ok(None),
+        Some(pb::RequestId { client: 0, .. }) => Err(Reason::RequestIdInvalid
+            .status("the request id's client is 0; choose a random number once", &[])),
+        Some(pb::RequestId { client, number }) => Ok(Some(RequestId { client, number })),
+    }
+}
+
+/// The deadline of a value: absolute, or from now on.
+pub(crate) fn decode_expiration(
+    expiration: Option<pb::put_request::Expiration>,
+    now: HybridTime,
+) -> Result<Option<HybridTime>, Status> {
+    let invalid = |what: &str| Reason::TtlInvalid.status(what, &[]);
+    let ms = match expiration {
+        None => return Ok(None),
+        Some(pb::put_request::Expiration::Ttl(ttl)) => {
+            let ttl = std::time::Duration::try_from(ttl)
+                .map_err(|_| invalid("the time to live is negative"))?;
+            let ttl_ms = u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
+            if ttl_ms == 0 {
+                return Err(invalid("the time to live is less than a millisecond"));
+            }
+            now.physical_ms().saturating_add(ttl_ms)
+        }
+        Some(pb::put_request::Expiration::ExpireTime(at)) => {
+            let seconds =
+                u64::try_from(at.seconds).map_err(|_| invalid("the expiry lies before 1970"))?;
+            let ms = u64::try_from(at.nanos).unwrap_or(0) / 1_000_000;
+            seconds.saturating_mul(1000).saturating_add(ms)
+        }
+    };
+    match HybridTime::new(ms, 0) {
+        Some(expire) if now < expire => Ok(Some(expire)),
+        Some(_) => Err(invalid("the expiry lies in the past")),
+        None => Err(invalid("the expiry lies after the year 10889")),
+    }
+}
+
+pub(crate) fn timestamp(time: HybridTime) -> Timestamp {
+    let ms = time.physical_ms();
+    let seconds = i64::try_from(ms / 1000).unwrap_or(i64::MAX);
+    let nanos = i32::try_from(ms % 1000 * 1_000_000).unwrap_or(0);
+    Timestamp { seconds, nanos }
+}

@@ -1,0 +1,562 @@
+//! `KvService`: decode, check, delegate, encode.
+
+use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures::{Stream, future::try_join_all};
+use tokio::time::Instant;
+use tombolo_core::{
+    Content, Dot, RequestId, ShardId, VersionVector,
+    command::{Check, Operation, Written},
+    key::{BATCH_OPERATIONS_MAX, check_key},
+    namespace::Namespace,
+    token::{SessionToken, encode_context},
+};
+use tombolo_proto::v1::{
+    self as pb,
+    kv_service_client::KvServiceClient,
+    kv_service_server::{KvService, KvServiceServer},
+};
+use tombolo_shard::{Consistency, Shard, WriteOutcome, WriteReply, WriteRequest};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    convert::{decode_expiration, decode_request_id, encode_dot, encode_revision, timestamp},
+    gateway::{Call, Gateway, request as with_metadata},
+    reason::Reason,
+    scan::ScanStream,
+    status::{not_implemented, of_key_error},
+};
+
+/// Serves keys.
+#[derive(Clone)]
+pub struct KvApi {
+    gateway: Arc<Gateway>,
+}
+
+/// A write that is decoded and checked.
+struct Prepared {
+    namespace: Arc<Namespace>,
+    shard: Shard,
+    request: Option<RequestId>,
+    checks: Vec<Check>,
+    operations: Vec<Operation>,
+    session: SessionToken,
+    ack_regions: u32,
+}
+
+impl KvApi {
+    /// Serves keys through `gateway`.
+    pub fn new(gateway: Arc<Gateway>) -> Self {
+        Self { gateway }
+    }
+
+    /// The tonic service, refusing messages above `message_bytes_max`.
+    pub fn into_service(self, message_bytes_max: usize) -> KvServiceServer<Self> {
+        KvServiceServer::new(self).max_decoding_message_size(message_bytes_max)
+    }
+
+    fn consistency(
+        &self,
+        asked: Option<pb::ReadConsistency>,
+        seen: Option<&VersionVector>,
+    ) -> Result<Consistency, Status> {
+        match asked.and_then(|asked| asked.level) {
+            None | Some(pb::read_consistency::Level::Linearizable(_)) => {
+                Ok(Consistency::Linearizable)
+            }
+            Some(pb::read_consistency::Level::Causal(_)) => {
+                Ok(Consistency::Causal(seen.cloned().unwrap_or_default()))
+            }
+            Some(pb::read_consistency::Level::MaxStaleness(age)) => {
+                let age = Duration::try_from(age)
+                    .map_err(|_| Reason::RequestInvalid.status("max_staleness is negative", &[]))?;
+                Ok(Consistency::MaxStaleness(age))
+            }
+            Some(pb::read_consistency::Level::Local(_)) => Ok(Consistency::Local),
+        }
+    }
+
+    /// Makes the shard's replica ready for a read that must not be older than the session.
+    async fn ready(
+        &self,
+        shard: &Shard,
+        namespace: &Namespace,
+        asked: Option<pb::ReadConsistency>,
+        session: &SessionToken,
+        deadline: Instant,
+    ) -> Result<tombolo_shard::Revision, Status> {
+        let seen = session.seen(namespace.id, shard.id());
+        let consistency = self.consistency(asked, seen)?;
+        if let (Some(seen), Consistency::Linearizable | Consistency::MaxStaleness(_)) =
+            (seen, &consistency)
+        {
+            // Linearizable here says nothing of what the session saw in other regions.
+            let caught_up = shard.wait_applied(namespace.id, seen, deadline).await;
+            caught_up.map_err(|error| self.gateway.status(error))?;
+        }
+        self.gateway.prepare_read(shard, namespace.id, &consistency, deadline).await
+    }
+
+    async fn write(&self, prepared: &Prepared, call: Call) -> Result<WriteReply, Status> {
+        let Prepared { namespace, shard, session, .. } = prepared;
+        let to_status = |error| self.gateway.status(error);
+        if let Some(seen) = session.seen(namespace.id, shard.id()) {
+            shard.wait_applied(namespace.id, seen, call.deadline).await.map_err(to_status)?;
+        }
+        let request = WriteRequest {
+            namespace: Arc::clone(namespace),
+            request: prepared.request,
+            checks: prepared.checks.clone(),
+            operations: prepared.operations.clone(),
+        };
+        let reply = shard.write(request, call.deadline).await.map_err(to_status)?;
+        if let WriteOutcome::Written(results) = &reply.outcome
+            && let Some(last) = results.last()
+        {
+            self.wait_for_regions(prepared, last.dot, call.deadline).await?;
+        }
+        Ok(reply)
+    }
+
+    async fn wait_for_regions(
+        &self,
+        prepared: &Prepared,
+        dot: Dot,
+        deadline: Instant,
+    ) -> Result<(), Status> {
+        let count = prepared.ack_regions as usize;
+        let peers = prepared.shard.peers();
+        if count == 0 || peers.wait_covered(prepared.namespace.id, dot, count, deadline).await {
+            return Ok(());
+        }
+        Err(Reason::AckRegionsPending.status(
+            format!(
+                "the write stands in region `{}`; not all {count} other regions have confirmed it yet",
+                self.gateway.topology().local_name()
+            ),
+            &[("dot", dot.to_string())],
+        ))
+    }
+
+    fn check_ack_regions(&self, count: u32) -> Result<(), Status> {
+        let others = self.gateway.topology().peers().count();
+        if count as usize <= others {
+            return Ok(());
+        }
+        Err(Reason::AckRegionsTooMany.status(
+            format!("ack_regions is {count}, but there are {others} other regions"),
+            &[("max", others.to_string())],
+        ))
+    }
+
+    fn token(
+        &self,
+        mut session: SessionToken,
+        namespace: &Namespace,
+        shard: ShardId,
+        seen: &VersionVector,
+    ) -> Bytes {
+        session.observe(namespace.id, shard, seen);
+        session.encode(self.gateway.cluster())
+    }
+
+    /// A prepared write of one key.
+    fn prepare_one(
+        &self,
+        namespace: Arc<Namespace>,
+        operation: Operation,
+        request_id: Option<pb::RequestId>,
+        session_token: &Bytes,
+        ack_regions: u32,
+    ) -> Result<Prepared, Status> {
+        self.check_ack_regions(ack_regions)?;
+        Ok(Prepared {
+            shard: self.gateway.shards().of_key(&operation.key).clone(),
+            request: decode_request_id(request_id)?,
+            checks: Vec::new(),
+            operations: vec![operation],
+            session: self.gateway.session(session_token)?,
+            ack_regions,
+            namespace,
+        })
+    }
+
+    /// Writes one key here, and answers what is common to put and delete.
+    async fn write_one(&self, prepared: &Prepared, call: Call) -> Result<pb::PutResponse, Status> {
+        let reply = self.write(prepared, call).await?;
+        let WriteOutcome::Written(results) = reply.outcome else {
+            return Err(Reason::Internal.status("a write without checks failed a check", &[]));
+        };
+        let Some(written) = results.into_iter().next() else {
+            return Err(Reason::RequestIdInvalid
+                .status("the request id was used for a commit without writes", &[]));
+        };
+        let Prepared { namespace, shard, operations, session, .. } = prepared;
+        let key = operations.first().map_or(&[][..], |operation| &operation.key);
+        let Written { dot, time, context, conflict } = written;
+        Ok(pb::PutResponse {
+            context: encode_context(self.gateway.cluster(), namespace.id, key, &context),
+            session_token: self.token(session.clone(), namespace, shard.id(), &context),
+            conflict,
+            dot: Some(encode_dot(dot)),
+            write_time: Some(timestamp(time)),
+            hybrid_time: time.to_bits(),
+            revision: Some(encode_revision(reply.revision)),
+        })
+    }
+
+    fn prepare_commit(
+        &self,
+        namespace: Arc<Namespace>,
+        message: &pb::CommitRequest,
+    ) -> Result<Prepared, Status> {
+        let operations_count = message.checks.len() + message.writes.len();
+        if operations_count == 0 {
+            return Err(Reason::RequestInvalid.status("the commit is empty", &[]));
+        }
+        if operations_count > BATCH_OPERATIONS_MAX {
+            return Err(batch_too_large("checks and writes", operations_count));
+        }
+        self.check_ack_regions(message.ack_regions)?;
+        let scope = self.gateway.scope(namespace.id);
+        let checks: Vec<Check> = message
+            .checks
+            .iter()
+            .cloned()
+            .map(|check| scope.check(check))
+            .collect::<Result<_, _>>()?;
+        let operations: Vec<Operation> = message
+            .writes
+            .iter()
+            .cloned()
+            .map(|write| scope.write(write))
+            .collect::<Result<_, _>>()?;
+        let keys = checks
+            .iter()
+            .map(|check| &check.key)
+            .chain(operations.iter().map(|operation| &operation.key));
+        let shard = self.one_shard(keys)?;
+        if let Some(key) = repeated_key(&operations) {
+            return Err(Reason::RequestInvalid
+                .status(format!("the commit writes key `{}` twice", key.escape_ascii()), &[]));
+        }
+        Ok(Prepared {
+            shard,
+            request: decode_request_id(message.request_id)?,
+            checks,
+            operations,
+            session: self.gateway.session(&message.session_token)?,
+            ack_regions: message.ack_regions,
+            namespace,
+        })
+    }
+
+    /// The shard of all keys, or an error that names two that differ.
+    fn one_shard<'a>(&self, mut keys: impl Iterator<Item = &'a Bytes>) -> Result<Shard, Status> {
+        let topology = self.gateway.topology();
+        let Some(first) = keys.next() else {
+            return Err(Reason::RequestInvalid.status("the commit is empty", &[]));
+        };
+        let shard = topology.shard_of(first);
+        match keys.find(|key| topology.shard_of(key) != shard) {
+            None => Ok(self.gateway.shards().of_key(first).clone()),
+            Some(other) => Err(Reason::CrossShardBatch.status(
+                format!(
+                    "keys `{}` and `{}` lie in shards {shard} and {}; give them one hash tag, as in \
+                     `{{tag}}:name`",
+                    first.escape_ascii(),
+                    other.escape_ascii(),
+                    topology.shard_of(other)
+                ),
+                &[],
+            )),
+        }
+    }
+
+    async fn commit_here(
+        &self,
+        prepared: &Prepared,
+        call: Call,
+    ) -> Result<pb::CommitResponse, Status> {
+        let reply = self.write(prepared, call).await?;
+        let Prepared { namespace, shard, operations, checks, session, .. } = prepared;
+        let scope = self.gateway.scope(namespace.id);
+        let cluster = self.gateway.cluster();
+        let revision = Some(encode_revision(reply.revision));
+        let mut seen = VersionVector::new();
+        match reply.outcome {
+            WriteOutcome::Written(results) => {
+                let encode = |(written, operation): (Written, &Operation)| {
+                    seen.join(&written.context);
+                    pb::WriteResult {
+                        context: encode_context(
+                            cluster,
+                            namespace.id,
+                            &operation.key,
+                            &written.context,
+                        ),
+                        conflict: written.conflict,
+                        dot: Some(encode_dot(written.dot)),
+                        hybrid_time: written.time.to_bits(),
+                    }
+                };
+                let results = results.into_iter().zip(operations).map(encode).collect();
+                let session_token = self.token(session.clone(), namespace, shard.id(), &seen);
+                Ok(pb::CommitResponse {
+                    committed: true,
+                    failed_checks: Vec::new(),
+                    session_token,
+                    results,
+                    revision,
+                })
+            }
+            WriteOutcome::ChecksFailed(failed) => {
+                let mut failed_checks = Vec::with_capacity(failed.len());
+                for failed in failed {
+                    let Some(check) = checks.get(failed.check) else { continue };
+                    if let Some(record) = &failed.actual {
+                        seen.join(record.context());
+                    }
+                    let (versions, context) =
+                        scope.versions(&check.key, failed.actual.as_ref(), false);
+                    let check = u32::try_from(failed.check).unwrap_or(u32::MAX);
+                    failed_checks.push(pb::FailedCheck { check, versions, context });
+                }
+                let session_token = self.token(session.clone(), namespace, shard.id(), &seen);
+                Ok(pb::CommitResponse {
+                    committed: false,
+                    failed_checks,
+                    session_token,
+                    results: Vec::new(),
+                    revision,
+                })
+            }
+        }
+    }
+}
+
+fn batch_too_large(what: &str, count: usize) -> Status {
+    Reason::BatchTooLarge.status(
+        format!("{count} {what}; at most {BATCH_OPERATIONS_MAX} are allowed"),
+        &[("max", BATCH_OPERATIONS_MAX.to_string())],
+    )
+}
+
+fn repeated_key(operations: &[Operation]) -> Option<&Bytes> {
+    let mut keys = std::collections::BTreeSet::new();
+    operations.iter().map(|operation| &operation.key).find(|key| !keys.insert(*key))
+}
+
+#[tonic::async_trait]
+impl KvService for KvApi {
+    async fn get(
+        &self,
+        request: Request<pb::GetRequest>,
+    ) -> Result<Response<pb::GetResponse>, Status> {
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        check_key(&message.key).map_err(of_key_error)?;
+        let session = self.gateway.session(&message.session_token)?;
+        let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
+        let shard = self.gateway.shards().of_key(&message.key);
+        let revision =
+            self.ready(shard, &namespace, message.consistency, &session, call.deadline).await?;
+
+        let record =
+            shard.record(namespace.id, &message.key).map_err(|error| self.gateway.status(error))?;
+        let scope = self.gateway.scope(namespace.id);
+        let (versions, context) = scope.versions(&message.key, record.as_ref(), message.keys_only);
+        let seen = record.map(|record| record.context().clone()).unwrap_or_default();
+        Ok(Response::new(pb::GetResponse {
+            versions,
+            context,
+            session_token: self.token(session, &namespace, shard.id(), &seen),
+            revision: Some(encode_revision(revision)),
+        }))
+    }
+
+    async fn batch_get(
+        &self,
+        request: Request<pb::BatchGetRequest>,
+    ) -> Result<Response<pb::BatchGetResponse>, Status> {
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        if message.keys.len() > BATCH_OPERATIONS_MAX {
+            return Err(batch_too_large("keys", message.keys.len()));
+        }
+        for key in &message.keys {
+            check_key(key).map_err(of_key_error)?;
+        }
+        let mut session = self.gateway.session(&message.session_token)?;
+        let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
+        let shards: BTreeMap<ShardId, &Shard> = message
+            .keys
+            .iter()
+            .map(|key| self.gateway.shards().of_key(key))
+            .map(|shard| (shard.id(), shard))
+            .collect();
+        try_join_all(shards.values().map(|shard| {
+            self.ready(shard, &namespace, message.consistency, &session, call.deadline)
+        }))
+        .await?;
+
+        let scope = self.gateway.scope(namespace.id);
+        let mut results = Vec::with_capacity(message.keys.len());
+        for key in message.keys {
+            let shard = self.gateway.shards().of_key(&key);
+            let record =
+                shard.record(namespace.id, &key).map_err(|error| self.gateway.status(error))?;
+            if let Some(record) = &record {
+                session.observe(namespace.id, shard.id(), record.context());
+            }
+            let (versions, context) = scope.versions(&key, record.as_ref(), message.keys_only);
+            results.push(pb::KeyResult { key, versions, context });
+        }
+        let session_token = session.encode(self.gateway.cluster());
+        Ok(Response::new(pb::BatchGetResponse { results, session_token }))
+    }
+
+    type ScanStream = Pin<Box<dyn Stream<Item = Result<pb::ScanResponse, Status>> + Send>>;
+
+    async fn scan(
+        &self,
+        request: Request<pb::ScanRequest>,
+    ) -> Result<Response<Self::ScanStream>, Status> {
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        let session = self.gateway.session(&message.session_token)?;
+        let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
+        try_join_all(self.gateway.shards().iter().map(|shard| {
+            self.ready(shard, &namespace, message.consistency, &session, call.deadline)
+        }))
+        .await?;
+        let stream = ScanStream::open(Arc::clone(&self.gateway), namespace, message, session)?;
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn put(
+        &self,
+        request: Request<pb::PutRequest>,
+    ) -> Result<Response<pb::PutResponse>, Status> {
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        check_key(&message.key).map_err(of_key_error)?;
+        let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
+        let scope = self.gateway.scope(namespace.id);
+        let expire = decode_expiration(message.expiration, scope.now)?;
+        let operation =
+            scope.put(message.key.clone(), message.value.clone(), expire, &message.context)?;
+        let prepared = self.prepare_one(
+            namespace,
+            operation,
+            message.request_id,
+            &message.session_token,
+            message.ack_regions,
+        )?;
+        let response = self
+            .gateway
+            .on_leader(
+                &prepared.shard,
+                call,
+                || self.write_one(&prepared, call),
+                |channel, metadata| {
+                    let message = message.clone();
+                    async move {
+                        let mut client = KvServiceClient::new(channel);
+                        Ok(client.put(with_metadata(message, metadata)).await?.into_inner())
+                    }
+                },
+            )
+            .await?;
+        Ok(Response::new(response))
+    }
+
+    async fn delete(
+        &self,
+        request: Request<pb::DeleteRequest>,
+    ) -> Result<Response<pb::DeleteResponse>, Status> {
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        check_key(&message.key).map_err(of_key_error)?;
+        let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
+        let scope = self.gateway.scope(namespace.id);
+        let operation =
+            scope.operation(message.key.clone(), Content::Tombstone, &message.context)?;
+        let prepared = self.prepare_one(
+            namespace,
+            operation,
+            message.request_id,
+            &message.session_token,
+            message.ack_regions,
+        )?;
+        let response = self
+            .gateway
+            .on_leader(
+                &prepared.shard,
+                call,
+                || async { Ok(delete_response(self.write_one(&prepared, call).await?)) },
+                |channel, metadata| {
+                    let message = message.clone();
+                    async move {
+                        let mut client = KvServiceClient::new(channel);
+                        Ok(client.delete(with_metadata(message, metadata)).await?.into_inner())
+                    }
+                },
+            )
+            .await?;
+        Ok(Response::new(response))
+    }
+
+    async fn mutate(
+        &self,
+        _: Request<pb::MutateRequest>,
+    ) -> Result<Response<pb::MutateResponse>, Status> {
+        Err(not_implemented("Mutate"))
+    }
+
+    async fn commit(
+        &self,
+        request: Request<pb::CommitRequest>,
+    ) -> Result<Response<pb::CommitResponse>, Status> {
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
+        let prepared = self.prepare_commit(namespace, &message)?;
+        let response = self
+            .gateway
+            .on_leader(
+                &prepared.shard,
+                call,
+                || self.commit_here(&prepared, call),
+                |channel, metadata| {
+                    let message = message.clone();
+                    async move {
+                        let mut client = KvServiceClient::new(channel);
+                        Ok(client.commit(with_metadata(message, metadata)).await?.into_inner())
+                    }
+                },
+            )
+            .await?;
+        Ok(Response::new(response))
+    }
+
+    async fn await_replication(
+        &self,
+        _: Request<pb::AwaitReplicationRequest>,
+    ) -> Result<Response<pb::AwaitReplicationResponse>, Status> {
+        Err(not_implemented("AwaitReplication"))
+    }
+}
+
+fn delete_response(put: pb::PutResponse) -> pb::DeleteResponse {
+    pb::DeleteResponse {
+        context: put.context,
+        session_token: put.session_token,
+        conflict: put.conflict,
+        dot: put.dot,
+        write_time: put.write_time,
+        hybrid_time: put.hybrid_time,
+        revision: put.revision,
+    }
+}

@@ -1,0 +1,39 @@
+//! The edge: gRPC in, domain calls out; health and metrics over HTTP.
+//!
+//! Handlers decode, check, delegate and encode. What a request means is decided in `core` and
+//! `shard`; which node answers is decided by [`Gateway`]; how a refusal looks on the wire is
+//! decided in [`reason`] and [`status`], and nowhere else.
+//!
+//! Invariants:
+//! * Protobuf types stop here.
+//! * Every error carries a [`reason::Reason`] from one catalogue.
+//! * No handler panics on input.
+
+mod cluster;
+mod convert;
+mod forward;
+mod gateway;
+pub mod http;
+mod kv;
+mod lag;
+mod layer;
+pub mod metrics;
+mod metrics_process;
+mod namespace;
+mod node;
+pub mod reason;
+mod region;
+mod scan;
+mod status;
+mod unserved;
+
+pub use cluster::ClusterApi;
+pub use forward::NodeChannels;
+pub use gateway::{Gateway, Limits};
+pub use kv::KvApi;
+pub use lag::{Lag, lag_of};
+pub use layer::{Admission, AdmissionLayer};
+pub use namespace::{CatalogWriter, NamespaceApi};
+pub use node::NodeApi;
+pub use region::RegionApi;
+pub use unserved::{ConflictApi, WatchApi};

@@ -1,0 +1,221 @@
+//! `RegionService`: the regions, and the links between them, seen from this region.
+//!
+//! Links live where shards are led, so a node asks the others of its region and says which did
+//! not answer. No other region is asked: what is shown is what this region knows.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::future::join_all;
+use tombolo_core::NamespaceId;
+use tombolo_proto::v1::{
+    self as pb,
+    region_service_client::RegionServiceClient,
+    region_service_server::{RegionService, RegionServiceServer},
+};
+use tombolo_replication::{LinkKey, LinkPhase, LinkStatus, LinkStatuses};
+use tonic::{Request, Response, Status, metadata::MetadataValue};
+
+use crate::{
+    forward::{THIS_NODE_ONLY, is_set},
+    gateway::Gateway,
+    lag::lag_of,
+    reason::Reason,
+    status::not_implemented,
+};
+
+/// Serves regions and links.
+pub struct RegionApi {
+    gateway: Arc<Gateway>,
+    statuses: Arc<LinkStatuses>,
+}
+
+const PEER_TIMEOUT: Duration = Duration::from_secs(1);
+
+impl RegionApi {
+    /// Serves what `statuses` say about this node's links, and the other nodes' of the region.
+    pub fn new(gateway: Arc<Gateway>, statuses: Arc<LinkStatuses>) -> Self {
+        Self { gateway, statuses }
+    }
+
+    /// The tonic service.
+    pub fn into_service(self) -> RegionServiceServer<Self> {
+        RegionServiceServer::new(self)
+    }
+
+    fn own_links(&self) -> Vec<pb::Link> {
+        self.statuses.all().into_iter().map(|(key, status)| self.link(key, status)).collect()
+    }
+
+    fn link(&self, key: LinkKey, status: LinkStatus) -> pb::Link {
+        let topology = self.gateway.topology();
+        let catalog = self.gateway.shards().catalog().current();
+        let namespace = match catalog.with_id(key.namespace) {
+            Some(namespace) => namespace.name.clone(),
+            None if key.namespace == NamespaceId::CATALOG => "catalog".to_owned(),
+            None => format!("#{}", key.namespace),
+        };
+        let shard = self.gateway.shards().get(key.shard);
+        let lag = shard.map(|shard| lag_of(shard, key.namespace, key.peer));
+        let lag = lag.and_then(Result::ok).unwrap_or_default();
+        pb::Link {
+            peer_region: topology.region_name(key.peer),
+            namespace,
+            shard: u32::from(key.shard.0),
+            node_id: topology.node.0,
+            phase: phase(status.phase).into(),
+            lag_events: status.lag_events,
+            lag_seconds: lag.seconds,
+            unacknowledged_events: lag.events,
+            last_error: status.last_error.unwrap_or_default(),
+            next_retry_time: status.next_retry.map(Into::into),
+            received_events: status.received_events,
+            received_bytes: status.received_bytes,
+        }
+    }
+
+    /// The links of all nodes of the region, and the nodes that did not answer.
+    async fn all_links(&self) -> (Vec<pb::Link>, Vec<String>) {
+        let topology = self.gateway.topology();
+        let others = topology.nodes.iter().filter(|node| node.id != topology.node);
+        let answers = join_all(others.map(|node| async move {
+            let answer = async {
+                let channel = self.gateway.channels().get(&node.client)?;
+                let mut request = Request::new(pb::ListLinksRequest { peer_region: String::new() });
+                request.metadata_mut().insert(THIS_NODE_ONLY, MetadataValue::from_static("1"));
+                let reply = RegionServiceClient::new(channel).list_links(request).await?;
+                Ok::<_, Status>(reply.into_inner().links)
+            };
+            (node, tokio::time::timeout(PEER_TIMEOUT, answer).await)
+        }))
+        .await;
+        let mut links = self.own_links();
+        let mut unreachable = Vec::new();
+        for (node, answer) in answers {
+            match answer {
+                Ok(Ok(theirs)) => links.extend(theirs),
+                Ok(Err(_)) | Err(_) => {
+                    unreachable.push(format!("{}-{}", topology.local_name(), node.id));
+                }
+            }
+        }
+        links.sort_by(|left, right| {
+            let key =
+                |link: &pb::Link| (link.peer_region.clone(), link.namespace.clone(), link.shard);
+            key(left).cmp(&key(right))
+        });
+        (links, unreachable)
+    }
+
+    fn region(
+        &self,
+        region: &tombolo_cluster::Region,
+        links: &[pb::Link],
+        unreachable: usize,
+    ) -> pb::Region {
+        let topology = self.gateway.topology();
+        let local = region.id == topology.region;
+        let mine: Vec<&pb::Link> =
+            links.iter().filter(|link| link.peer_region == region.name).collect();
+        let streaming = mine.iter().filter(|link| link.phase() == pb::LinkPhase::Streaming).count();
+        let shards_with_leader =
+            self.gateway.shards().iter().filter(|shard| shard.leader().is_some()).count();
+        let state = match streaming {
+            _ if local && shards_with_leader == self.gateway.shards().iter().len() => {
+                pb::RegionState::Up
+            }
+            _ if local => pb::RegionState::Degraded,
+            0 => pb::RegionState::Unreachable,
+            count if count == mine.len() && unreachable == 0 => pb::RegionState::Up,
+            _ => pb::RegionState::Degraded,
+        };
+        let nodes = topology.nodes.len();
+        pb::Region {
+            name: region.name.clone(),
+            number: u32::from(region.id.0),
+            local,
+            link_addresses: region.link_addresses.clone(),
+            state: state.into(),
+            lag_seconds: mine.iter().map(|link| link.lag_seconds).fold(0.0, f64::max),
+            shards_with_leader: if local { count(shards_with_leader) } else { 0 },
+            nodes_up: if local { count(nodes.saturating_sub(unreachable)) } else { 0 },
+            nodes: if local { count(nodes) } else { 0 },
+        }
+    }
+}
+
+fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+fn phase(phase: LinkPhase) -> pb::LinkPhase {
+    match phase {
+        LinkPhase::Connecting => pb::LinkPhase::Connecting,
+        LinkPhase::Streaming => pb::LinkPhase::Streaming,
+        LinkPhase::Blocked => pb::LinkPhase::Blocked,
+    }
+}
+
+#[tonic::async_trait]
+impl RegionService for RegionApi {
+    async fn list_regions(
+        &self,
+        _: Request<pb::ListRegionsRequest>,
+    ) -> Result<Response<pb::ListRegionsResponse>, Status> {
+        let (links, unreachable) = self.all_links().await;
+        let regions = &self.gateway.topology().regions;
+        let regions =
+            regions.iter().map(|region| self.region(region, &links, unreachable.len())).collect();
+        Ok(Response::new(pb::ListRegionsResponse { regions, unreachable }))
+    }
+
+    async fn get_region(
+        &self,
+        request: Request<pb::GetRegionRequest>,
+    ) -> Result<Response<pb::GetRegionResponse>, Status> {
+        let name = request.into_inner().name;
+        let region = self.gateway.topology().region_named(&name).ok_or_else(|| {
+            Reason::RegionNotFound
+                .status(format!("there is no region `{name}`"), &[("region", name.clone())])
+        })?;
+        let (links, unreachable) = self.all_links().await;
+        let region = Some(self.region(region, &links, unreachable.len()));
+        Ok(Response::new(pb::GetRegionResponse { region }))
+    }
+
+    async fn list_links(
+        &self,
+        request: Request<pb::ListLinksRequest>,
+    ) -> Result<Response<pb::ListLinksResponse>, Status> {
+        let this_node_only = is_set(request.metadata(), THIS_NODE_ONLY);
+        let peer = request.into_inner().peer_region;
+        if !peer.is_empty() && self.gateway.topology().region_named(&peer).is_none() {
+            return Err(Reason::RegionNotFound
+                .status(format!("there is no region `{peer}`"), &[("region", peer)]));
+        }
+        let (mut links, unreachable) =
+            if this_node_only { (self.own_links(), Vec::new()) } else { self.all_links().await };
+        links.retain(|link| peer.is_empty() || link.peer_region == peer);
+        Ok(Response::new(pb::ListLinksResponse { links, unreachable }))
+    }
+
+    async fn pause_link(
+        &self,
+        _: Request<pb::PauseLinkRequest>,
+    ) -> Result<Response<pb::PauseLinkResponse>, Status> {
+        Err(not_implemented("PauseLink"))
+    }
+
+    async fn resume_link(
+        &self,
+        _: Request<pb::ResumeLinkRequest>,
+    ) -> Result<Response<pb::ResumeLinkResponse>, Status> {
+        Err(not_implemented("ResumeLink"))
+    }
+
+    async fn start_repair(
+        &self,
+        _: Request<pb::StartRepairRequest>,
+    ) -> Result<Response<pb::StartRepairResponse>, Status> {
+        Err(not_implemented("StartRepair"))
+    }
+}

@@ -1,0 +1,100 @@
+//! Collection: what a shard's leader lets its replicas forget.
+//!
+//! Two things grow with every write and are not data: the outcomes of requests, kept so that a
+//! repeat is recognised, and the change log, kept until every region has it. The leader looks at
+//! both now and then and proposes what may go; replicas forget exactly that, in log order.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tombolo_core::{HybridTime, RegionId};
+
+use crate::{error::ShardError, shard::Shard, shards::Shards};
+
+/// When and how much to collect.
+#[derive(Clone, Debug)]
+pub struct CollectConfig {
+    /// Time between looks.
+    pub interval: Duration,
+    /// How long the outcome of a request is remembered.
+    pub request_retention: Duration,
+}
+
+impl Default for CollectConfig {
+    fn default() -> Self {
+        Self { interval: Duration::from_secs(10), request_retention: Duration::from_secs(600) }
+    }
+}
+
+/// Requests forgotten by one command.
+const REQUESTS_PER_COMMAND: usize = 4096;
+/// Commands of one look at one shard, so that no shard starves the others.
+const COMMANDS_PER_LOOK: usize = 32;
+/// How long one proposal may take.
+const PROPOSAL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Collects for all shards that this node leads.
+pub struct Collector {
+    shards: Shards,
+    config: CollectConfig,
+}
+
+impl Collector {
+    /// A collector for `shards`.
+    pub fn new(shards: Shards, config: CollectConfig) -> Self {
+        Self { shards, config }
+    }
+
+    /// Collects until `shutdown` fires.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let mut ticks = tokio::time::interval(self.config.interval);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            // Safe to drop: both only wait.
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            for shard in self.shards.iter().filter(|shard| shard.is_leader()) {
+                if let Err(error) = self.collect(shard).await {
+                    // A lost leader or a slow majority: the next look tries again.
+                    tracing::debug!(shard = %shard.id(), %error, "collection postponed");
+                }
+            }
+        }
+    }
+
+    async fn collect(&self, shard: &Shard) -> Result<(), ShardError> {
+        self.trim_change_log(shard).await?;
+        self.forget_requests(shard).await
+    }
+
+    async fn trim_change_log(&self, shard: &Shard) -> Result<(), ShardError> {
+        let topology = self.shards.topology();
+        let peers: Vec<RegionId> = topology.peers().map(|region| region.id).collect();
+        for (namespace, frontier) in shard.store().frontiers() {
+            let stable = shard.peers().stable(namespace, &frontier, peers.iter().copied());
+            if stable.events_beyond(&shard.store().trimmed(namespace)) > 0 {
+                shard.trim(namespace, stable, Instant::now() + PROPOSAL_TIMEOUT).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn forget_requests(&self, shard: &Shard) -> Result<(), ShardError> {
+        let retention_ms =
+            u64::try_from(self.config.request_retention.as_millis()).unwrap_or(u64::MAX);
+        let before_ms = shard.clock().now().physical_ms().saturating_sub(retention_ms);
+        let before = HybridTime::new(before_ms, 0).unwrap_or(HybridTime::ZERO);
+        for _ in 0..COMMANDS_PER_LOOK {
+            let expired = shard.store().expired_requests(before, REQUESTS_PER_COMMAND)?;
+            if expired.is_empty() {
+                break;
+            }
+            shard.forget(expired, Instant::now() + PROPOSAL_TIMEOUT).await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,91 @@
+//! Why a shard did not do what was asked. Each variant asks the caller for one action.
+
+use tombolo_consensus::{ProposeError, ReadError};
+use tombolo_core::{NodeId, ShardId, VersionVector};
+use tombolo_storage::StorageError;
+
+/// Why a shard did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ShardError {
+    /// Ask the leader. Nothing was done.
+    #[error("this node does not lead shard {shard}")]
+    NotLeader {
+        /// The shard.
+        shard: ShardId,
+        /// Who leads, if known; an election may be running.
+        leader: Option<NodeId>,
+    },
+    /// The leader cannot reach a majority now. Nothing was done; try again.
+    #[error("the leader of shard {shard} cannot reach a majority of the region's nodes")]
+    NoQuorum {
+        /// The shard.
+        shard: ShardId,
+    },
+    /// Repeat with the same request id to learn the outcome.
+    #[error("the outcome of the write to shard {shard} is unknown: {reason}")]
+    OutcomeUnknown {
+        /// The shard.
+        shard: ShardId,
+        /// What happened.
+        reason: String,
+    },
+    /// Too many writes are waiting. Nothing was done; try again later.
+    #[error("too many writes wait for shard {shard}")]
+    Overloaded {
+        /// The shard.
+        shard: ShardId,
+    },
+    /// This region has not applied what the caller has seen elsewhere.
+    #[error("shard {shard} has applied {frontier} and the caller has seen {needed}")]
+    NotCaughtUp {
+        /// The shard.
+        shard: ShardId,
+        /// What the caller has seen.
+        needed: VersionVector,
+        /// What is applied here.
+        frontier: VersionVector,
+    },
+    /// The deadline passed before anything was proposed.
+    #[error("the deadline passed while waiting for shard {shard}")]
+    DeadlineExceeded {
+        /// The shard.
+        shard: ShardId,
+    },
+    /// The command does not fit one log entry. Nothing was done; split it.
+    #[error("the write to shard {shard} is too large: {reason}")]
+    TooLarge {
+        /// The shard.
+        shard: ShardId,
+        /// How large, and the limit.
+        reason: String,
+    },
+    /// This replica has stopped.
+    #[error("the replica of shard {shard} on this node has stopped")]
+    Stopped {
+        /// The shard.
+        shard: ShardId,
+    },
+    /// The replica's data cannot be read.
+    #[error("the replica's data cannot be read")]
+    Storage(#[from] StorageError),
+}
+
+impl ShardError {
+    pub(crate) fn from_propose(shard: ShardId, error: ProposeError) -> Self {
+        match error {
+            ProposeError::NotLeader { leader } => Self::NotLeader { shard, leader },
+            ProposeError::Unknown { reason } => Self::OutcomeUnknown { shard, reason },
+            ProposeError::Overloaded => Self::Overloaded { shard },
+            ProposeError::Stopped => Self::Stopped { shard },
+            ProposeError::TooLarge { .. } => Self::TooLarge { shard, reason: error.to_string() },
+        }
+    }
+
+    pub(crate) fn from_read(shard: ShardId, error: ReadError) -> Self {
+        match error {
+            ReadError::NotLeader { leader } => Self::NotLeader { shard, leader },
+            ReadError::NoQuorum => Self::NoQuorum { shard },
+            ReadError::Stopped => Self::Stopped { shard },
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! One shard as a caller sees it: write, read at a chosen consistency, wait, collect.
+//!
+//! A [`Shard`] joins a Raft group, the replica's data and the region's clock. It stamps time,
+//! proposes commands, waits for frontiers, and knows what other regions have acknowledged.
+//! [`Shards`] holds all of a node's shards and the view of the catalog that they feed.
+//!
+//! Invariants:
+//! * Nothing here decides what a write does: that is `tombolo_core::execute`, on every replica.
+//! * Dropping a caller's future never cancels a write that was proposed.
+//! * Only a leader stamps time, and never behind what it has applied.
+//!
+//! Not here: gRPC (`tombolo-service`), links (`tombolo-replication`), Raft (`tombolo-consensus`).
+
+mod clock;
+mod collect;
+mod error;
+mod peers;
+mod read;
+mod shard;
+mod shards;
+mod write;
+
+pub use clock::Clock;
+pub use collect::{CollectConfig, Collector};
+pub use error::ShardError;
+pub use peers::PeerFrontiers;
+pub use read::{Consistency, end_of_prefix};
+pub use shard::{Revision, Shard};
+pub use shards::Shards;
+pub use write::{WriteOutcome, WriteReply, WriteRequest};

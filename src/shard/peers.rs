@@ -1,0 +1,133 @@
+//! What other regions have applied of this shard, as they acknowledged it in stream order.
+//!
+//! Kept by the shard's leader, in memory: a new leader learns it again when the peers' streams
+//! reconnect, which they do at once. Until then a peer counts as having nothing, so nothing is
+//! forgotten too early and nobody is told that a write has arrived where it may not have.
+
+use std::collections::BTreeMap;
+
+use tokio::{sync::watch, time::Instant};
+use tombolo_core::{Dot, NamespaceId, RegionId, VersionVector};
+
+type Frontiers = BTreeMap<NamespaceId, BTreeMap<RegionId, VersionVector>>;
+
+/// The frontiers that other regions acknowledged.
+#[derive(Debug)]
+pub struct PeerFrontiers {
+    frontiers: watch::Sender<Frontiers>,
+}
+
+impl Default for PeerFrontiers {
+    fn default() -> Self {
+        Self { frontiers: watch::Sender::new(Frontiers::new()) }
+    }
+}
+
+impl PeerFrontiers {
+    /// A region acknowledged `frontier`. Acknowledgements never go back.
+    pub fn acknowledge(&self, namespace: NamespaceId, region: RegionId, frontier: &VersionVector) {
+        self.frontiers.send_if_modified(|frontiers| {
+            let held = frontiers.entry(namespace).or_default().entry(region).or_default();
+            let news = !held.covers_all(frontier);
+            held.join(frontier);
+            news
+        });
+    }
+
+    /// Forgets everything, when leadership is lost.
+    pub fn clear(&self) {
+        self.frontiers.send_if_modified(|frontiers| {
+            let had_any = !frontiers.is_empty();
+            frontiers.clear();
+            had_any
+        });
+    }
+
+    /// What a region acknowledged; `None` if it has not spoken to this leader yet.
+    pub fn of(&self, namespace: NamespaceId, region: RegionId) -> Option<VersionVector> {
+        self.frontiers.borrow().get(&namespace)?.get(&region).cloned()
+    }
+
+    /// The stable frontier: what all of `regions` and `local` have. Empty while one of them has
+    /// not spoken to this leader.
+    pub fn stable(
+        &self,
+        namespace: NamespaceId,
+        local: &VersionVector,
+        regions: impl IntoIterator<Item = RegionId>,
+    ) -> VersionVector {
+        let frontiers = self.frontiers.borrow();
+        let mut stable = local.clone();
+        for region in regions {
+            match frontiers.get(&namespace).and_then(|held| held.get(&region)) {
+                Some(frontier) => stable = stable.meet(frontier),
+                None => return VersionVector::new(),
+            }
+        }
+        stable
+    }
+
+    /// Waits until `count` regions cover `dot`; answers whether they did before the deadline.
+    ///
+    /// Cancellation safe: it only looks.
+    pub async fn wait_covered(
+        &self,
+        namespace: NamespaceId,
+        dot: Dot,
+        count: usize,
+        deadline: Instant,
+    ) -> bool {
+        let mut frontiers = self.frontiers.subscribe();
+        let covered = frontiers.wait_for(|frontiers| {
+            let Some(held) = frontiers.get(&namespace) else { return count == 0 };
+            held.values().filter(|frontier| frontier.covers(dot)).count() >= count
+        });
+        matches!(tokio::time::timeout_at(deadline, covered).await, Ok(Ok(_)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tombolo_core::Actor;
+
+    use super::*;
+
+    const NS: NamespaceId = NamespaceId(1);
+    const US: Actor = Actor { region: RegionId(1), incarnation: 1 };
+
+    fn upto(seq: u64) -> VersionVector {
+        [(US, seq)].into_iter().collect()
+    }
+
+    #[test]
+    fn nothing_is_stable_until_every_region_has_spoken() {
+        let peers = PeerFrontiers::default();
+        let others = [RegionId(2), RegionId(3)];
+        peers.acknowledge(NS, RegionId(2), &upto(5));
+        assert!(peers.stable(NS, &upto(9), others).is_empty());
+        peers.acknowledge(NS, RegionId(3), &upto(7));
+        assert_eq!(peers.stable(NS, &upto(9), others), upto(5));
+        assert_eq!(peers.stable(NS, &upto(4), others), upto(4));
+    }
+
+    #[test]
+    fn acknowledgements_never_go_back() {
+        let peers = PeerFrontiers::default();
+        peers.acknowledge(NS, RegionId(2), &upto(5));
+        peers.acknowledge(NS, RegionId(2), &upto(3));
+        assert_eq!(peers.of(NS, RegionId(2)), Some(upto(5)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waiting_ends_when_enough_regions_cover_the_dot_or_at_the_deadline() {
+        let peers = PeerFrontiers::default();
+        let dot = Dot { actor: US, seq: 5 };
+        let soon = Instant::now() + Duration::from_secs(1);
+        peers.acknowledge(NS, RegionId(2), &upto(5));
+        assert!(peers.wait_covered(NS, dot, 1, soon).await);
+        assert!(!peers.wait_covered(NS, dot, 2, soon).await);
+        assert!(peers.wait_covered(NS, dot, 0, soon).await);
+    }
+}

@@ -1,0 +1,180 @@
+//! Writing: stamp, propose, wait.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+use tombolo_core::{
+    Change, Command, NamespaceId, Outcome, RequestId, VersionVector,
+    command::{Check, FailedCheck, Ingest, Ingested, Operation, Trim, Write, Written},
+    namespace::Namespace,
+};
+
+use crate::{
+    error::ShardError,
+    shard::{RETRY_PAUSE, Revision, Shard},
+};
+
+/// A client's write.
+#[derive(Clone, Debug)]
+pub struct WriteRequest {
+    /// Where.
+    pub namespace: Arc<Namespace>,
+    /// Makes it safe to repeat.
+    pub request: Option<RequestId>,
+    /// Conditions that must all hold.
+    pub checks: Vec<Check>,
+    /// What to write; all keys in this shard.
+    pub operations: Vec<Operation>,
+}
+
+/// What became of a write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WriteOutcome {
+    /// Applied, now or when the same request came before.
+    Written(Vec<Written>),
+    /// Nothing was written.
+    ChecksFailed(Vec<FailedCheck>),
+}
+
+/// A write's outcome and where it stands.
+#[derive(Clone, Debug)]
+pub struct WriteReply {
+    /// What became of it.
+    pub outcome: WriteOutcome,
+    /// The log entry that carried it.
+    pub revision: Revision,
+}
+
+impl Shard {
+    /// Writes, and waits until a majority has it durably and this node has applied it.
+    ///
+    /// Not cancelled by dropping the future: once proposed, the write may still be applied. If
+    /// an operation's context has seen more than this region has applied, waits for that first.
+    ///
+    /// # Errors
+    /// See [`ShardError`]; only [`ShardError::OutcomeUnknown`] leaves open whether it was applied.
+    pub async fn write(
+        &self,
+        request: WriteRequest,
+        deadline: Instant,
+    ) -> Result<WriteReply, ShardError> {
+        let mut write = Write {
+            namespace: request.namespace.id,
+            rule: request.namespace.rule,
+            actor: self.inner.topology.actor(),
+            time: self.inner.clock.stamp(),
+            request: request.request,
+            checks: request.checks,
+            operations: request.operations,
+        };
+        loop {
+            let command = Command::Write(write.clone());
+            let (outcome, revision) = self.propose(&command, deadline).await?;
+            let outcome = match outcome {
+                Outcome::Written(results) => {
+                    for result in &results {
+                        self.inner.clock.resume_after(result.time);
+                    }
+                    WriteOutcome::Written(results)
+                }
+                Outcome::ChecksFailed(failed) => WriteOutcome::ChecksFailed(failed),
+                Outcome::ContextAhead { needed, .. } => {
+                    self.wait_applied(write.namespace, &needed, deadline).await?;
+                    write.time = self.inner.clock.stamp();
+                    continue;
+                }
+                Outcome::Ingested(_) | Outcome::Done => {
+                    return Err(self.unexpected("a write", &outcome));
+                }
+            };
+            return Ok(WriteReply { outcome, revision });
+        }
+    }
+
+    /// Applies changes of other regions, in causal order.
+    ///
+    /// # Errors
+    /// See [`ShardError`]. Repeating is always safe: what is applied already is skipped.
+    pub async fn ingest(
+        &self,
+        namespace: &Namespace,
+        changes: Vec<Change>,
+        deadline: Instant,
+    ) -> Result<Ingested, ShardError> {
+        for change in &changes {
+            // A time beyond the bound is applied but never moves the clock.
+            if let Err(error) = self.inner.clock.observe(change.time()) {
+                tracing::warn!(
+                    shard = %self.inner.id,
+                    region = %self.inner.topology.region_name(change.actor.region),
+                    %error,
+                    "a region's clock is too far ahead; check its nodes' time"
+                );
+            }
+        }
+        let ingest = Ingest {
+            namespace: namespace.id,
+            rule: namespace.rule,
+            local: self.inner.topology.actor(),
+            changes,
+        };
+        match self.propose(&Command::Ingest(ingest), deadline).await? {
+            (Outcome::Ingested(ingested), _) => Ok(ingested),
+            (outcome, _) => Err(self.unexpected("an ingest", &outcome)),
+        }
+    }
+
+    /// Forgets the part of the change log that `upto` covers.
+    pub(crate) async fn trim(
+        &self,
+        namespace: NamespaceId,
+        upto: VersionVector,
+        deadline: Instant,
+    ) -> Result<(), ShardError> {
+        let command = Command::Trim(Trim { namespace, upto });
+        self.propose(&command, deadline).await.map(|_| ())
+    }
+
+    /// Forgets the outcomes of old requests.
+    pub(crate) async fn forget(
+        &self,
+        requests: Vec<RequestId>,
+        deadline: Instant,
+    ) -> Result<(), ShardError> {
+        self.propose(&Command::ForgetRequests(requests), deadline).await.map(|_| ())
+    }
+
+    async fn propose(
+        &self,
+        command: &Command,
+        deadline: Instant,
+    ) -> Result<(Outcome, Revision), ShardError> {
+        let shard = self.inner.id;
+        let bytes = command.to_bytes();
+        let proposed = self.inner.group.propose(bytes);
+        match tokio::time::timeout_at(deadline, proposed).await {
+            Ok(Ok(proposed)) => {
+                let revision =
+                    Revision { shard, term: proposed.log_id.term, index: proposed.log_id.index };
+                Ok((proposed.outcome, revision))
+            }
+            Ok(Err(error)) => Err(ShardError::from_propose(shard, error)),
+            Err(_) => Err(ShardError::OutcomeUnknown {
+                shard,
+                reason: "the deadline passed while the write was on its way".to_owned(),
+            }),
+        }
+    }
+
+    /// A reply of the wrong kind is our own bug; the caller hears that the outcome is unknown.
+    fn unexpected(&self, asked: &str, outcome: &Outcome) -> ShardError {
+        let shard = self.inner.id;
+        tracing::error!(%shard, ?outcome, asked, "the state machine answered something else");
+        ShardError::OutcomeUnknown { shard, reason: format!("unexpected answer to {asked}") }
+    }
+
+    /// Pauses before trying again, but not past the deadline.
+    pub async fn pause(&self, deadline: Instant) {
+        tokio::time::sleep_until(deadline.min(Instant::now() + RETRY_PAUSE)).await;
+    }
+}

@@ -1,0 +1,375 @@
+//! Executes log entries: one write batch per run, with the applied position in it.
+//!
+//! Commands of a run see each other's effects through an overlay; the batch gets the final
+//! record of each key once. The caches that readers use move only after the batch is written.
+//!
+//! Invariants:
+//! * An entry at or below the applied position is skipped: replaying is harmless.
+//! * A run is applied whole or not at all. After an error the replica must stop.
+
+use std::{cell::RefCell, collections::BTreeMap};
+
+use bytes::Bytes;
+use rocksdb::WriteBatch;
+use tombolo_core::{
+    Actor, Change, HybridTime, NamespaceId, Outcome, Record, RequestId, ShardState, VersionVector,
+    command::{Written, decode_written, encode_written},
+    decode_batch, execute,
+    ledger::LedgerEntry,
+};
+
+use crate::{
+    Position, ShardStore, StorageError,
+    changes::{HEADER_BYTES, encode_header},
+    layout::{Keys, Meta, ledger_id},
+    shard::{Applying, Shard, encode_membership, encode_vector},
+};
+
+/// A committed log entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApplyEntry {
+    /// Where it stands in the log.
+    pub position: Position,
+    /// What it says.
+    pub payload: ApplyPayload,
+}
+
+/// What a log entry says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ApplyPayload {
+    /// Nothing; a new leader writes one.
+    Blank,
+    /// A membership, in the consensus layer's own encoding.
+    Membership(Bytes),
+    /// Commands, as `core::encode_batch` packs them.
+    Commands(Bytes),
+}
+
+impl ShardStore {
+    /// Executes a run of entries. Answers, for each entry, the outcome of each command; skipped
+    /// entries and entries without commands have none.
+    ///
+    /// # Errors
+    /// [`StorageError::OutOfOrder`] if an entry is missing, and [`StorageError::Apply`], which
+    /// names shard and index, if an entry cannot be decoded or executed. Nothing of the run is
+    /// applied then, and the replica must stop.
+    pub fn apply(&self, run: &[ApplyEntry]) -> Result<Vec<Vec<Outcome>>, StorageError> {
+        let shard = &*self.inner;
+        let mut applying = shard.applying.lock();
+        if applying.marks_max < applying.marks.len() {
+            *applying = shard.load_applying()?;
+        }
+        let applied = shard.view.read().applied;
+        let done = Run::new(shard, &mut applying, applied, run).and_then(Run::execute);
+        if done.is_err() {
+            // May count what was not written; read again if anyone goes on.
+            applying.log_ends.clear();
+        }
+        done
+    }
+}
+
+/// A run while it is executed.
+struct Run<'a> {
+    shard: &'a Shard,
+    applying: &'a mut Applying,
+    entries: &'a [ApplyEntry],
+    applied: Option<Position>,
+    batch: WriteBatch,
+    keys: Keys,
+    read_keys: RefCell<Keys>,
+    value: Vec<u8>,
+    records: BTreeMap<NamespaceId, BTreeMap<Bytes, Record>>,
+    frontiers: BTreeMap<NamespaceId, VersionVector>,
+    trimmed: BTreeMap<NamespaceId, VersionVector>,
+    /// Results that were remembered (`None`: forgotten) in this run.
+    requests: BTreeMap<RequestId, Option<Bytes>>,
+    /// First and last sequence numbers of the changes that were appended in this run.
+    appended: BTreeMap<(NamespaceId, Actor), Vec<(u64, u64)>>,
+    membership: Option<(Position, Bytes)>,
+    /// The first error of a call that cannot answer one.
+    failure: Option<StorageError>,
+}
+
+impl<'a> Run<'a> {
+    fn new(
+        shard: &'a Shard,
+        applying: &'a mut Applying,
+        applied: Option<Position>,
+        run: &'a [ApplyEntry],
+    ) -> Result<Self, StorageError> {
+        let is_new = |entry: &ApplyEntry| applied.is_none_or(|at| at.index < entry.position.index);
+        let skipped = run.iter().take_while(|entry| !is_new(entry)).count();
+        let entries = &run[skipped..];
+        let mut last = applied.map(|applied| applied.index);
+        let mut bytes = 128;
+        for entry in entries {
+            let actual = entry.position.index;
+            if let Some(last) = last
+                && actual != last + 1
+            {
+                return Err(StorageError::OutOfOrder {
+                    shard: shard.id,
+                    expected: last + 1,
+                    actual,
+                });
+            }
+            last = Some(actual);
+            if let ApplyPayload::Commands(commands) = &entry.payload {
+                // The value goes into the record and into the change.
+                bytes += commands.len() * 2 + 256;
+            }
+        }
+        Ok(Self {
+            shard,
+            applying,
+            entries: run,
+            applied,
+            batch: WriteBatch::with_capacity_bytes(bytes),
+            keys: Keys::new(shard.id),
+            read_keys: RefCell::new(Keys::new(shard.id)),
+            value: Vec::new(),
+            records: BTreeMap::new(),
+            frontiers: BTreeMap::new(),
+            trimmed: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            appended: BTreeMap::new(),
+            membership: None,
+            failure: None,
+        })
+    }
+
+    fn execute(mut self) -> Result<Vec<Vec<Outcome>>, StorageError> {
+        let mut outcomes = Vec::with_capacity(self.entries.len());
+        let mut last = None;
+        let mut count = 0;
+        for entry in self.entries {
+            if self.applied.is_some_and(|applied| entry.position.index <= applied.index) {
+                outcomes.push(Vec::new());
+                continue;
+            }
+            let (shard, index) = (self.shard.id, entry.position.index);
+            let done = self.execute_entry(entry);
+            outcomes.push(done.map_err(|source| StorageError::Apply {
+                shard,
+                index,
+                source: Box::new(source),
+            })?);
+            last = Some(entry.position);
+            count += 1;
+        }
+        if let Some(last) = last {
+            self.write(last, count)?;
+        }
+        Ok(outcomes)
+    }
+
+    fn execute_entry(&mut self, entry: &ApplyEntry) -> Result<Vec<Outcome>, StorageError> {
+        match &entry.payload {
+            ApplyPayload::Blank => Ok(Vec::new()),
+            ApplyPayload::Membership(membership) => {
+                self.membership = Some((entry.position, membership.clone()));
+                Ok(Vec::new())
+            }
+            ApplyPayload::Commands(commands) => {
+                let commands = decode_batch(commands.clone())?;
+                let mut outcomes = Vec::with_capacity(commands.len());
+                for command in &commands {
+                    outcomes.push(execute(self, command)?);
+                    if let Some(failure) = self.failure.take() {
+                        return Err(failure);
+                    }
+                }
+                Ok(outcomes)
+            }
+        }
+    }
+
+    /// Writes the batch, then lets readers know.
+    fn write(mut self, last: Position, entries: u64) -> Result<(), StorageError> {
+        for (&namespace, records) in &self.records {
+            for (key, record) in records {
+                self.batch.put(self.keys.record(namespace, key), record.to_bytes());
+            }
+        }
+        for (&namespace, frontier) in &self.frontiers {
+            let key = self.keys.meta(Meta::Frontier(namespace));
+            self.batch.put(key, encode_vector(frontier));
+        }
+        for (&namespace, trimmed) in &self.trimmed {
+            let key = self.keys.meta(Meta::Trimmed(namespace));
+            self.batch.put(key, encode_vector(trimmed));
+        }
+        if let Some((position, membership)) = &self.membership {
+            let value = encode_membership(*position, membership);
+            self.batch.put(self.keys.meta(Meta::Membership), value);
+        }
+        self.batch.put(self.keys.meta(Meta::Applied), last.to_bytes());
+
+        let (shard, bytes) = (self.shard, self.batch.size_in_bytes() as u64);
+        let written = shard.engine.db.write_opt(self.batch, &shard.engine.write_options);
+        written.map_err(|error| shard.engine_error(&error))?;
+        shard.engine.counters.add_run(entries, bytes);
+
+        let moved = !self.frontiers.is_empty();
+        {
+            let mut view = shard.view.write();
+            view.applied = Some(last);
+            if self.membership.is_some() {
+                view.membership = self.membership;
+            }
+            view.frontiers.extend(self.frontiers);
+            view.trimmed.extend(self.trimmed);
+        }
+        shard.applied.send_replace(last.index);
+        if moved {
+            shard.frontiers_moved.send_modify(|count| *count += 1);
+        }
+        Ok(())
+    }
+
+    fn try_append(&mut self, namespace: NamespaceId, change: &Change) -> Result<(), StorageError> {
+        let log = (namespace, change.actor);
+        let end = match self.applying.log_ends.get(&log) {
+            Some(&end) => end,
+            None => self.shard.log_end(namespace, change.actor)?,
+        };
+        let encoded = change.to_bytes();
+        let end = end + (HEADER_BYTES + encoded.len()) as u64;
+        self.applying.log_ends.insert(log, end);
+        self.value.clear();
+        self.value.extend_from_slice(&encode_header(end));
+        self.value.extend_from_slice(&encoded);
+        self.batch.put(self.keys.change(namespace, change.actor, change.first_seq), &self.value);
+        self.appended.entry(log).or_default().push((change.first_seq, change.last().seq));
+        Ok(())
+    }
+
+    fn try_trim(
+        &mut self,
+        namespace: NamespaceId,
+        upto: &VersionVector,
+    ) -> Result<(), StorageError> {
+        let mut trimmed = match self.trimmed.get(&namespace) {
+            Some(trimmed) => trimmed.clone(),
+            None => self.shard.view.read().trimmed.get(&namespace).cloned().unwrap_or_default(),
+        };
+        let mut moved = false;
+        for (actor, seq) in upto.iter() {
+            let from = trimmed.get(actor);
+            let upto = self.last_whole(namespace, actor, seq)?;
+            if from < upto {
+                let start = self.keys.change(namespace, actor, from + 1).to_vec();
+                self.batch.delete_range(&start[..], self.keys.change(namespace, actor, upto + 1));
+                trimmed.advance(actor, upto);
+                moved = true;
+            }
+        }
+        if moved {
+            self.trimmed.insert(namespace, trimmed);
+        }
+        Ok(())
+    }
+
+    /// The last sequence number up to `seq` at which a change ends: changes go whole.
+    fn last_whole(
+        &self,
+        namespace: NamespaceId,
+        actor: Actor,
+        seq: u64,
+    ) -> Result<u64, StorageError> {
+        let appended = self.appended.get(&(namespace, actor));
+        let holding = appended
+            .and_then(|all| all.iter().find(|(first, last)| (*first..=*last).contains(&seq)));
+        if let Some(&(first, last)) = holding {
+            return Ok(if last == seq { seq } else { first - 1 });
+        }
+        match self.shard.change_at_or_before(namespace, actor, seq)? {
+            Some((first, last)) if seq < last => Ok(first - 1),
+            Some(_) | None => Ok(seq),
+        }
+    }
+}
+
+impl ShardState for Run<'_> {
+    type Error = StorageError;
+
+    fn record(&self, namespace: NamespaceId, key: &[u8]) -> Result<Option<Record>, StorageError> {
+        if let Some(record) = self.records.get(&namespace).and_then(|records| records.get(key)) {
+            return Ok(Some(record.clone()));
+        }
+        self.shard.read_record(self.read_keys.borrow_mut().record(namespace, key))
+    }
+
+    fn put_record(&mut self, namespace: NamespaceId, key: &Bytes, record: Record) {
+        self.records.entry(namespace).or_default().insert(key.clone(), record);
+    }
+
+    fn frontier(&self, namespace: NamespaceId) -> VersionVector {
+        match self.frontiers.get(&namespace) {
+            Some(frontier) => frontier.clone(),
+            None => self.shard.view.read().frontiers.get(&namespace).cloned().unwrap_or_default(),
+        }
+    }
+
+    fn set_frontier(&mut self, namespace: NamespaceId, frontier: VersionVector) {
+        self.frontiers.insert(namespace, frontier);
+    }
+
+    fn append_change(&mut self, namespace: NamespaceId, change: &Change) {
+        if let Err(error) = self.try_append(namespace, change) {
+            self.failure.get_or_insert(error);
+        }
+    }
+
+    fn trim_changes(&mut self, namespace: NamespaceId, upto: &VersionVector) {
+        if let Err(error) = self.try_trim(namespace, upto) {
+            self.failure.get_or_insert(error);
+        }
+    }
+
+    fn add_to_ledger(&mut self, namespace: NamespaceId, entry: LedgerEntry) {
+        let id = ledger_id(entry.id(namespace));
+        self.batch.put(self.keys.ledger(namespace, &id), entry.to_bytes());
+    }
+
+    fn remembered(&self, request: RequestId) -> Result<Option<Vec<Written>>, StorageError> {
+        let stored = match self.requests.get(&request) {
+            Some(None) => return Ok(None),
+            Some(Some(stored)) => stored.clone(),
+            None => {
+                let mark = self.applying.marks.get(&request.client);
+                if mark.is_none_or(|&mark| mark < request.number) {
+                    return Ok(None);
+                }
+                match self.shard.get(self.read_keys.borrow_mut().dedup(request))? {
+                    Some(stored) => Bytes::copy_from_slice(&stored),
+                    None => return Ok(None),
+                }
+            }
+        };
+        let decoded = decode_written(stored);
+        let (_, results) =
+            decoded.map_err(|error| StorageError::value(self.shard.id, "dedup", &error))?;
+        Ok(Some(results))
+    }
+
+    fn remember(&mut self, request: RequestId, time: HybridTime, results: &[Written]) {
+        let stored = encode_written(time, results);
+        self.batch.put(self.keys.dedup(request), &stored);
+        self.requests.insert(request, Some(stored));
+        let mark = self.applying.marks.entry(request.client).or_insert(request.number);
+        *mark = request.number.max(*mark);
+    }
+
+    fn forget(&mut self, request: RequestId) {
+        if self.applying.marks.get(&request.client).is_none_or(|&mark| mark < request.number) {
+            return;
+        }
+        self.batch.delete(self.keys.dedup(request));
+        self.requests.insert(request, None);
+    }
+}
+
+#[cfg(test)]
+mod tests;

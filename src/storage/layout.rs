@@ -1,0 +1,270 @@
+//! Where everything lies in the one key space of a node.
+//!
+//! A key is `shard u16 | kind u8 | rest`, all integers big-endian, so that byte order is numeric
+//! order, a shard is one contiguous range, and its kinds are contiguous ranges inside:
+//!
+//! | kind | rest of the key | value |
+//! |---|---|---|
+//! | 1 meta | field u8, then for fields 3 and 4 namespace u32 | see [`Meta`] |
+//! | 2 record | namespace u32, the user's key | `core::Record` |
+//! | 3 change | namespace u32, region u16, incarnation u32, first seq u64 | header, `core::Change` |
+//! | 4 ledger | namespace u32, id 16 bytes | `core::LedgerEntry` |
+//! | 5 dedup | client u64, number u64 | results of the request |
+//! | 6, 7, 8 | kept for hash, tree and tombstone | |
+//!
+//! Keys of the whole store start with `0xffff`, which is no shard. `docs/format.md` describes
+//! the values.
+//!
+//! Invariant: no two shards share a prefix, and nothing of a shard lies outside [`shard_start`]
+//! to [`shard_end`].
+
+use tombolo_core::{Actor, NamespaceId, RequestId, ShardId, ledger::LedgerId};
+
+/// Bytes before a key's rest.
+pub(crate) const PREFIX_BYTES: usize = 3;
+/// Bytes before a record's user key.
+const RECORD_PREFIX_BYTES: usize = PREFIX_BYTES + 4;
+const CHANGE_KEY_BYTES: usize = PREFIX_BYTES + 4 + 2 + 4 + 8;
+const DEDUP_KEY_BYTES: usize = PREFIX_BYTES + 16;
+
+/// Holds the format version of the store.
+pub(crate) const STORE_FORMAT_KEY: &[u8] = &[0xff, 0xff, 1];
+/// Holds the name of the node that the store belongs to.
+pub(crate) const STORE_OWNER_KEY: &[u8] = &[0xff, 0xff, 2];
+
+/// What a key holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Kind {
+    Meta = 1,
+    Record = 2,
+    Change = 3,
+    Ledger = 4,
+    Dedup = 5,
+}
+
+/// Facts about a shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Meta {
+    /// Position of the last applied log entry.
+    Applied,
+    /// Last applied membership, with its position.
+    Membership,
+    /// What is applied of a namespace.
+    Frontier(NamespaceId),
+    /// Up to where the change log of a namespace is gone.
+    Trimmed(NamespaceId),
+}
+
+impl Meta {
+    /// Reads the rest of a meta key; `None` for a field that this version does not know.
+    pub(crate) fn from_rest(rest: &[u8]) -> Option<Self> {
+        let namespace = |rest: &[u8]| Some(NamespaceId(u32::from_be_bytes(rest.try_into().ok()?)));
+        match rest {
+            [1] => Some(Self::Applied),
+            [2] => Some(Self::Membership),
+            [3, rest @ ..] => Some(Self::Frontier(namespace(rest)?)),
+            [4, rest @ ..] => Some(Self::Trimmed(namespace(rest)?)),
+            _ => None,
+        }
+    }
+}
+
+/// The first key of a shard.
+pub(crate) fn shard_start(shard: ShardId) -> Vec<u8> {
+    shard.0.to_be_bytes().to_vec()
+}
+
+/// The key after the last of a shard.
+pub(crate) fn shard_end(shard: ShardId) -> Vec<u8> {
+    // Shards are below `SHARDS_MAX`, far from the end of u16.
+    shard.0.saturating_add(1).to_be_bytes().to_vec()
+}
+
+/// Builds keys of one shard in a buffer that is used again and again.
+#[derive(Debug)]
+pub(crate) struct Keys {
+    shard: [u8; 2],
+    buffer: Vec<u8>,
+}
+
+impl Keys {
+    pub(crate) fn new(shard: ShardId) -> Self {
+        Self { shard: shard.0.to_be_bytes(), buffer: Vec::with_capacity(64) }
+    }
+
+    pub(crate) fn meta(&mut self, meta: Meta) -> &[u8] {
+        self.start(Kind::Meta);
+        let (field, namespace) = match meta {
+            Meta::Applied => (1, None),
+            Meta::Membership => (2, None),
+            Meta::Frontier(namespace) => (3, Some(namespace)),
+            Meta::Trimmed(namespace) => (4, Some(namespace)),
+        };
+        self.buffer.push(field);
+        if let Some(namespace) = namespace {
+            self.buffer.extend_from_slice(&namespace.0.to_be_bytes());
+        }
+        &self.buffer
+    }
+
+    pub(crate) fn record(&mut self, namespace: NamespaceId, key: &[u8]) -> &[u8] {
+        self.start(Kind::Record);
+        self.buffer.extend_from_slice(&namespace.0.to_be_bytes());
+        self.buffer.extend_from_slice(key);
+        &self.buffer
+    }
+
+    /// The key after the last record of a namespace.
+    pub(crate) fn records_end(&mut self, namespace: NamespaceId) -> &[u8] {
+        match namespace.0.checked_add(1) {
+            Some(next) => self.record(NamespaceId(next), b""),
+            None => self.kind_end(Kind::Record),
+        }
+    }
+
+    pub(crate) fn change(&mut self, namespace: NamespaceId, actor: Actor, seq: u64) -> &[u8] {
+        self.start(Kind::Change);
+        self.buffer.extend_from_slice(&namespace.0.to_be_bytes());
+        self.buffer.extend_from_slice(&actor.region.0.to_be_bytes());
+        self.buffer.extend_from_slice(&actor.incarnation.to_be_bytes());
+        self.buffer.extend_from_slice(&seq.to_be_bytes());
+        &self.buffer
+    }
+
+    pub(crate) fn ledger(&mut self, namespace: NamespaceId, id: &[u8]) -> &[u8] {
+        self.start(Kind::Ledger);
+        self.buffer.extend_from_slice(&namespace.0.to_be_bytes());
+        self.buffer.extend_from_slice(id);
+        &self.buffer
+    }
+
+    /// The key after the last ledger entry of a namespace.
+    pub(crate) fn ledger_end(&mut self, namespace: NamespaceId) -> &[u8] {
+        match namespace.0.checked_add(1) {
+            Some(next) => self.ledger(NamespaceId(next), b""),
+            None => self.kind_end(Kind::Ledger),
+        }
+    }
+
+    pub(crate) fn dedup(&mut self, request: RequestId) -> &[u8] {
+        self.start(Kind::Dedup);
+        self.buffer.extend_from_slice(&request.client.to_be_bytes());
+        self.buffer.extend_from_slice(&request.number.to_be_bytes());
+        &self.buffer
+    }
+
+    /// The first key of a kind.
+    pub(crate) fn kind_start(&mut self, kind: Kind) -> &[u8] {
+        self.start(kind);
+        &self.buffer
+    }
+
+    /// The key after the last of a kind.
+    pub(crate) fn kind_end(&mut self, kind: Kind) -> &[u8] {
+        self.start(kind);
+        if let Some(last) = self.buffer.last_mut() {
+            *last += 1;
+        }
+        &self.buffer
+    }
+
+    fn start(&mut self, kind: Kind) {
+        self.buffer.clear();
+        self.buffer.extend_from_slice(&self.shard);
+        self.buffer.push(kind as u8);
+    }
+}
+
+/// The user's key of a record key.
+pub(crate) fn user_key(key: &[u8]) -> Option<&[u8]> {
+    key.get(RECORD_PREFIX_BYTES..)
+}
+
+/// The first sequence number of a change key.
+pub(crate) fn change_seq(key: &[u8]) -> Option<u64> {
+    if key.len() != CHANGE_KEY_BYTES {
+        return None;
+    }
+    Some(u64::from_be_bytes(key[CHANGE_KEY_BYTES - 8..].try_into().ok()?))
+}
+
+/// The namespace and actor of a change key.
+#[cfg(test)]
+pub(crate) fn change_actor(key: &[u8]) -> Option<(NamespaceId, Actor)> {
+    if key.len() != CHANGE_KEY_BYTES {
+        return None;
+    }
+    let namespace = NamespaceId(u32::from_be_bytes(key[3..7].try_into().ok()?));
+    let region = tombolo_core::RegionId(u16::from_be_bytes(key[7..9].try_into().ok()?));
+    let incarnation = u32::from_be_bytes(key[9..13].try_into().ok()?);
+    Some((namespace, Actor { region, incarnation }))
+}
+
+/// The request of a dedup key.
+pub(crate) fn dedup_request(key: &[u8]) -> Option<RequestId> {
+    if key.len() != DEDUP_KEY_BYTES {
+        return None;
+    }
+    let client = u64::from_be_bytes(key[3..11].try_into().ok()?);
+    let number = u64::from_be_bytes(key[11..].try_into().ok()?);
+    Some(RequestId { client, number })
+}
+
+/// The ledger id of stored bytes.
+pub(crate) fn ledger_id(id: LedgerId) -> [u8; 16] {
+    id.0
+}
+
+#[cfg(test)]
+mod tests {
+    use tombolo_core::RegionId;
+
+    use super::*;
+
+    const SHARD: ShardId = ShardId(258);
+
+    #[test]
+    fn keys_read_back_and_stay_inside_their_shard() {
+        let mut keys = Keys::new(SHARD);
+        let actor = Actor { region: RegionId(7), incarnation: 9 };
+        let request = RequestId { client: u64::MAX, number: 3 };
+        let (start, end) = (shard_start(SHARD), shard_end(SHARD));
+
+        let change = keys.change(NamespaceId(5), actor, 77).to_vec();
+        assert_eq!(change_seq(&change), Some(77));
+        assert_eq!(change_actor(&change), Some((NamespaceId(5), actor)));
+        let dedup = keys.dedup(request).to_vec();
+        assert_eq!(dedup_request(&dedup), Some(request));
+        let record = keys.record(NamespaceId(u32::MAX), &[0xff; 9]).to_vec();
+        assert_eq!(user_key(&record), Some(&[0xff; 9][..]));
+        assert!(record < keys.records_end(NamespaceId(u32::MAX)).to_vec());
+
+        for key in [change, dedup, record] {
+            assert!(start < key && key < end);
+        }
+    }
+
+    #[test]
+    fn meta_keys_read_back() {
+        let mut keys = Keys::new(SHARD);
+        let namespace = NamespaceId(1 << 20);
+        let all =
+            [Meta::Applied, Meta::Membership, Meta::Frontier(namespace), Meta::Trimmed(namespace)];
+        for meta in all {
+            assert_eq!(Meta::from_rest(&keys.meta(meta)[PREFIX_BYTES..]), Some(meta));
+        }
+        assert_eq!(Meta::from_rest(&[9]), None);
+        assert_eq!(Meta::from_rest(&[3, 0]), None);
+    }
+
+    #[test]
+    fn byte_order_is_numeric_order() {
+        let mut keys = Keys::new(SHARD);
+        let actor = Actor { region: RegionId(1), incarnation: 1 };
+        let low = keys.change(NamespaceId(1), actor, 255).to_vec();
+        let high = keys.change(NamespaceId(1), actor, 256).to_vec();
+        assert!(low < high);
+        assert!(shard_end(ShardId(255)) == shard_start(ShardId(256)));
+    }
+}

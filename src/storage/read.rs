@@ -1,0 +1,257 @@
+//! Reads of one shard: points, scans, ledger, old requests.
+//!
+//! Every call sees one moment of the store, and does a bounded amount of work: a scan over many
+//! tombstones answers an empty page with a resume key instead of taking for ever.
+
+use bytes::Bytes;
+use tombolo_core::{
+    HybridTime, NamespaceId, Record, RequestId,
+    command::decode_written,
+    ledger::{LedgerEntry, LedgerId},
+};
+
+use crate::{
+    ShardStore, StorageError,
+    layout::{self, Keys, Kind},
+    shard::Shard,
+};
+
+/// Records that one scan call passes over without returning them.
+const SKIPPED_MAX: usize = 4096;
+/// Remembered requests that one search for expired ones looks at.
+const REQUESTS_VISITED_MAX: usize = 20_000;
+
+/// Which keys to scan, and in which order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScanRange {
+    /// The first key.
+    pub start: Bytes,
+    /// The key after the last; `None` for the end of the namespace.
+    pub end: Option<Bytes>,
+    /// From the end to the start.
+    pub reverse: bool,
+}
+
+/// A part of a scan's result.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScanPage {
+    /// Keys and records with at least one value, expired or not, in scan order.
+    pub records: Vec<(Bytes, Record)>,
+    /// Where to go on: the next `start` of a forward scan, the next `end` of a reverse scan.
+    /// `None` if the range is done.
+    pub next: Option<Bytes>,
+}
+
+impl Shard {
+    /// Reads the record under a full key.
+    pub(crate) fn read_record(&self, key: &[u8]) -> Result<Option<Record>, StorageError> {
+        match self.get(key)? {
+            Some(value) => Ok(Some(self.decode_record(&value)?)),
+            None => Ok(None),
+        }
+    }
+
+    fn decode_record(&self, value: &[u8]) -> Result<Record, StorageError> {
+        let record = Record::from_bytes(Bytes::copy_from_slice(value));
+        record.map_err(|error| StorageError::value(self.id, "record", &error))
+    }
+
+    fn decode_ledger(&self, value: &[u8]) -> Result<LedgerEntry, StorageError> {
+        let entry = LedgerEntry::from_bytes(Bytes::copy_from_slice(value));
+        entry.map_err(|error| StorageError::value(self.id, "ledger entry", &error))
+    }
+}
+
+impl ShardStore {
+    /// The record of a key; `None` if it was never written here. May be a tombstone.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn record(
+        &self,
+        namespace: NamespaceId,
+        key: &[u8],
+    ) -> Result<Option<Record>, StorageError> {
+        self.inner.read_record(Keys::new(self.inner.id).record(namespace, key))
+    }
+
+    /// The records of several keys, all as of one moment, in the order of `keys`.
+    ///
+    /// # Errors
+    /// If one cannot be read.
+    pub fn records(
+        &self,
+        namespace: NamespaceId,
+        keys: &[Bytes],
+    ) -> Result<Vec<Option<Record>>, StorageError> {
+        let shard = &*self.inner;
+        let snapshot = shard.engine.db.snapshot();
+        let mut buffer = Keys::new(shard.id);
+        let mut records = Vec::with_capacity(keys.len());
+        for key in keys {
+            let value = snapshot.get_pinned(buffer.record(namespace, key));
+            let value = value.map_err(|error| shard.engine_error(&error))?;
+            records.push(value.map(|value| shard.decode_record(&value)).transpose()?);
+        }
+        Ok(records)
+    }
+
+    /// A page of the records in a range, without tombstones: at most `max_keys` (at least one)
+    /// of them, and no more after `max_bytes` of keys and stored values. Expired values are the
+    /// caller's to hide, which knows the time. The page may be empty although there is more.
+    ///
+    /// # Errors
+    /// If a record cannot be read.
+    pub fn scan(
+        &self,
+        namespace: NamespaceId,
+        range: &ScanRange,
+        max_keys: usize,
+        max_bytes: usize,
+    ) -> Result<ScanPage, StorageError> {
+        let shard = &*self.inner;
+        let mut keys = Keys::new(shard.id);
+        let start = keys.record(namespace, &range.start).to_vec();
+        let end = match &range.end {
+            Some(end) => keys.record(namespace, end).to_vec(),
+            None => keys.records_end(namespace).to_vec(),
+        };
+        let mut page = ScanPage::default();
+        if end <= start {
+            return Ok(page);
+        }
+        let mut pairs = shard.iterate(start, end, true);
+        if range.reverse {
+            pairs.seek_to_last()
+        } else {
+            pairs.seek_to_first()
+        }
+
+        let (mut bytes, mut skipped) = (0, 0);
+        let mut last_visited = Bytes::new();
+        while let Some((key, value)) = pairs.item() {
+            let key = layout::user_key(key).ok_or_else(|| StorageError::key(shard.id, "record"))?;
+            let full = max_keys.max(1) <= page.records.len()
+                || (max_bytes <= bytes && !page.records.is_empty())
+                || SKIPPED_MAX <= skipped;
+            if full {
+                let resume = if range.reverse { last_visited } else { Bytes::copy_from_slice(key) };
+                page.next = Some(resume);
+                return Ok(page);
+            }
+            let record = shard.decode_record(value)?;
+            let is_live = record.is_live_at(HybridTime::ZERO);
+            let key = Bytes::copy_from_slice(key);
+            if range.reverse {
+                last_visited = key.clone();
+            }
+            if is_live {
+                bytes += key.len() + value.len();
+                page.records.push((key, record));
+            } else {
+                skipped += 1;
+            }
+            if range.reverse { pairs.prev() } else { pairs.next() }
+        }
+        shard.check(&pairs)?;
+        Ok(page)
+    }
+
+    /// Ledger entries of a namespace in the order of their ids: at most `limit` after the id
+    /// `after`.
+    ///
+    /// # Errors
+    /// If an entry cannot be read.
+    pub fn ledger(
+        &self,
+        namespace: NamespaceId,
+        after: Option<Bytes>,
+        limit: usize,
+    ) -> Result<Vec<LedgerEntry>, StorageError> {
+        let shard = &*self.inner;
+        let mut keys = Keys::new(shard.id);
+        let mut start = keys.ledger(namespace, after.as_deref().unwrap_or_default()).to_vec();
+        if after.is_some() {
+            start.push(0);
+        }
+        let end = keys.ledger_end(namespace).to_vec();
+        let mut pairs = shard.iterate(start, end, true);
+        pairs.seek_to_first();
+        let mut entries = Vec::new();
+        while entries.len() < limit
+            && let Some(value) = pairs.value()
+        {
+            entries.push(shard.decode_ledger(value)?);
+            pairs.next();
+        }
+        shard.check(&pairs)?;
+        Ok(entries)
+    }
+
+    /// One ledger entry.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn ledger_entry(
+        &self,
+        namespace: NamespaceId,
+        id: LedgerId,
+    ) -> Result<Option<LedgerEntry>, StorageError> {
+        let mut keys = Keys::new(self.inner.id);
+        let value = self.inner.get(keys.ledger(namespace, &layout::ledger_id(id)))?;
+        value.map(|value| self.inner.decode_ledger(&value)).transpose()
+    }
+
+    /// Remembered requests that were executed before `before`: at most `limit`.
+    ///
+    /// Looks at a bounded number of requests and goes on there with the next call, so that
+    /// calling it now and then finds all.
+    ///
+    /// # Errors
+    /// If one cannot be read.
+    pub fn expired_requests(
+        &self,
+        before: HybridTime,
+        limit: usize,
+    ) -> Result<Vec<RequestId>, StorageError> {
+        let shard = &*self.inner;
+        let mut cursor = shard.collect_from.lock();
+        let first = *cursor;
+        let mut keys = Keys::new(shard.id);
+        let start = keys.kind_start(Kind::Dedup).to_vec();
+        let end = keys.kind_end(Kind::Dedup).to_vec();
+        let mut pairs = shard.iterate(start, end, false);
+        pairs.seek(keys.dedup(first));
+        let mut expired = Vec::new();
+        let mut wrapped = false;
+        for _ in 0..REQUESTS_VISITED_MAX {
+            let Some((key, value)) = pairs.item() else {
+                shard.check(&pairs)?;
+                *cursor = RequestId { client: 0, number: 0 };
+                if wrapped || first == *cursor {
+                    break;
+                }
+                wrapped = true;
+                pairs.seek_to_first();
+                continue;
+            };
+            let request = shard.request(key)?;
+            *cursor = request;
+            if (wrapped && first <= request) || limit <= expired.len() {
+                break;
+            }
+            let decoded = decode_written(Bytes::copy_from_slice(value));
+            let (executed, _) =
+                decoded.map_err(|error| StorageError::value(shard.id, "dedup", &error))?;
+            if executed < before {
+                expired.push(request);
+            }
+            pairs.next();
+        }
+        shard.check(&pairs)?;
+        Ok(expired)
+    }
+}
+
+#[cfg(test)]
+mod tests;

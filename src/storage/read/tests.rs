@@ -1,0 +1,171 @@
+//! Scans in both directions with their limits, the ledger, old requests.
+
+use super::*;
+use crate::testing::*;
+use proptest::prelude::*;
+use tombolo_core::{Command, command::Write};
+
+fn keys_of(page: &ScanPage) -> Vec<String> {
+    page.records.iter().map(|(key, _)| String::from_utf8(key.to_vec()).unwrap()).collect()
+}
+
+fn range(start: &'static str, end: Option<&'static str>, reverse: bool) -> ScanRange {
+    ScanRange { start: Bytes::from(start), end: end.map(Bytes::from), reverse }
+}
+
+/// Every page of a scan; also how many calls it took.
+fn scan_all(shard: &ShardStore, range: &ScanRange, max_keys: usize) -> (Vec<Bytes>, usize) {
+    let (mut range, mut keys, mut calls) = (range.clone(), Vec::new(), 0);
+    loop {
+        let page = shard.scan(LWW, &range, max_keys, usize::MAX).unwrap();
+        assert!(page.records.len() <= max_keys);
+        calls += 1;
+        keys.extend(page.records.into_iter().map(|(key, _)| key));
+        match page.next {
+            Some(next) if range.reverse => range.end = Some(next),
+            Some(next) => range.start = next,
+            None => return (keys, calls),
+        }
+    }
+}
+
+#[test]
+fn a_scan_is_ordered_bounded_and_resumes_in_both_directions() {
+    let (_dir, _store, shard) = fresh();
+    for key in ["d", "a", "c", "b", "e"] {
+        run_write(&shard, write(1, vec![put(key, "value")]));
+    }
+    run_write(&shard, write(2, vec![delete("c")]));
+    let other = Write { namespace: SIBLINGS, ..write(3, vec![put("b2", "other")]) };
+    run_write(&shard, other);
+
+    let page = shard.scan(LWW, &range("a", None, false), 2, usize::MAX).unwrap();
+    assert_eq!((keys_of(&page), page.next), (vec!["a".into(), "b".into()], Some("c".into())));
+    let page = shard.scan(LWW, &range("", None, true), 2, usize::MAX).unwrap();
+    assert_eq!((keys_of(&page), page.next), (vec!["e".into(), "d".into()], Some("d".into())));
+    let page = shard.scan(LWW, &range("", Some("d"), true), 9, usize::MAX).unwrap();
+    assert_eq!((keys_of(&page), page.next), (vec!["b".into(), "a".into()], None));
+    let page = shard.scan(LWW, &range("b", Some("e"), false), 9, usize::MAX).unwrap();
+    assert_eq!((keys_of(&page), page.next), (vec!["b".into(), "d".into()], None));
+    let page = shard.scan(LWW, &range("e", Some("b"), false), 9, usize::MAX).unwrap();
+    assert_eq!(page, ScanPage::default());
+    let page = shard.scan(LWW, &range("", None, false), 9, 1).unwrap();
+    assert_eq!((keys_of(&page), page.next), (vec!["a".into()], Some("b".into())));
+}
+
+#[test]
+fn a_scan_over_many_tombstones_pauses_with_a_resume_key() {
+    let (_dir, _store, shard) = fresh();
+    let count = SKIPPED_MAX + 10;
+    let names: Vec<String> = (0..count).map(|at| format!("k{at:06}")).collect();
+    let deletions: Vec<Command> = names
+        .chunks(100)
+        .map(|names| Command::Write(write(1, names.iter().map(|name| delete(name)).collect())))
+        .collect();
+    run(&shard, &deletions);
+    run_write(&shard, write(2, vec![put("a", "first"), put("z", "last")]));
+
+    for reverse in [false, true] {
+        let (keys, calls) = scan_all(&shard, &range("", None, reverse), 100);
+        let mut expected = vec!["a", "z"];
+        if reverse {
+            expected.reverse();
+        }
+        assert_eq!(keys, expected);
+        assert_eq!(calls, 2);
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(24))]
+
+    #[test]
+    fn pages_of_any_size_join_to_the_whole_range(
+        keys in prop::collection::btree_map(prop::collection::vec(any::<u8>(), 1..3), any::<bool>(), 0..40),
+        bounds in (prop::collection::vec(any::<u8>(), 0..2), prop::option::of(prop::collection::vec(any::<u8>(), 0..2))),
+        max_keys in 1usize..5,
+        reverse: bool,
+    ) {
+        let (_dir, _store, shard) = fresh();
+        let operations = keys.iter().map(|(key, is_live)| {
+            let template = if *is_live { put("", "v") } else { delete("") };
+            tombolo_core::command::Operation { key: Bytes::from(key.clone()), ..template }
+        });
+        run_write(&shard, write(1, operations.collect()));
+        let (start, end) = bounds;
+        let inside = |key: &&Vec<u8>| start <= **key && end.as_ref().is_none_or(|end| *key < end);
+        let mut expected: Vec<Bytes> = keys
+            .iter()
+            .filter(|(_, is_live)| **is_live)
+            .map(|(key, _)| key)
+            .filter(inside)
+            .map(|key| Bytes::from(key.clone()))
+            .collect();
+        if reverse {
+            expected.reverse();
+        }
+        let range = ScanRange { start: start.clone().into(), end: end.clone().map(Into::into), reverse };
+        prop_assert_eq!(scan_all(&shard, &range, max_keys).0, expected);
+    }
+}
+
+#[test]
+fn records_of_several_keys_come_in_order() {
+    let (_dir, _store, shard) = fresh();
+    run_write(&shard, write(1, vec![put("a", "1"), put("b", "2")]));
+    let keys = ["b", "x", "a"].map(Bytes::from);
+    let records = shard.records(LWW, &keys).unwrap();
+    let values: Vec<bool> = records.iter().map(Option::is_some).collect();
+    assert_eq!(values, [true, false, true]);
+    assert_eq!(records[2], shard.record(LWW, b"a").unwrap());
+}
+
+#[test]
+fn the_ledger_is_read_in_pages_and_by_id() {
+    let (_dir, _store, shard) = fresh();
+    let mut lost = Vec::new();
+    for at in 0..5u8 {
+        let (mut theirs, mine) = (tombolo_core::testing::MemoryState::default(), format!("k{at}"));
+        run_write(&shard, write(10, vec![put(&mine, "mine")]));
+        let remote = Write {
+            actor: tombolo_core::Actor { incarnation: 9 + u32::from(at), ..REMOTE },
+            ..write(5, vec![put(&mine, "theirs")])
+        };
+        let Ok(_) = tombolo_core::execute(&mut theirs, &Command::Write(remote));
+        let changes = theirs.changes_above(LWW, &tombolo_core::VersionVector::new());
+        run(&shard, &[ingest(LWW, LOCAL, changes)]);
+    }
+    let mut after = None;
+    loop {
+        let page = shard.ledger(LWW, after.clone(), 2).unwrap();
+        let Some(last) = page.last() else { break };
+        after = Some(Bytes::copy_from_slice(&last.id(LWW).0));
+        lost.extend(page);
+    }
+    let all = dump(&shard).ledger;
+    assert_eq!(lost.len(), 5);
+    assert_eq!(lost, all.into_values().collect::<Vec<_>>());
+    let one = &lost[3];
+    assert_eq!(shard.ledger_entry(LWW, one.id(LWW)).unwrap().as_ref(), Some(one));
+    assert_eq!(shard.ledger(SIBLINGS, None, 9).unwrap(), []);
+}
+
+#[test]
+fn expired_requests_are_found_in_turns_and_fresh_ones_are_not() {
+    let (_dir, _store, shard) = fresh();
+    for number in 1..=10u64 {
+        let request = Some(RequestId { client: number % 3, number });
+        run_write(&shard, Write { request, ..write(number, vec![put("a", "1")]) });
+    }
+    let mut found = Vec::new();
+    for _ in 0..6 {
+        let some = shard.expired_requests(time(7), 2).unwrap();
+        run(&shard, &[Command::ForgetRequests(some.clone())]);
+        found.extend(some);
+    }
+    let mut numbers: Vec<u64> = found.iter().map(|request| request.number).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, [1, 2, 3, 4, 5, 6]);
+    assert_eq!(shard.expired_requests(time(7), 100).unwrap(), []);
+    assert_eq!(shard.expired_requests(time(99), 100).unwrap().len(), 4);
+}

@@ -1,0 +1,331 @@
+//! What the tests of this crate share: random histories with their outcome in memory, and ways
+//! to look at a store and to crash it.
+
+use std::{collections::BTreeMap, fs, io::ErrorKind, path::Path};
+
+use bytes::Bytes;
+use proptest::prelude::*;
+use tempfile::TempDir;
+use tombolo_core::{
+    Actor, Change, Command, Content, HybridTime, NamespaceId, Outcome, Record, RegionId, RequestId,
+    Rule, ShardId, ShardState, VersionVector,
+    command::{Check, Condition, Ingest, Operation, Trim, Write, decode_written},
+    encode_batch, execute,
+    ledger::LedgerEntry,
+    testing::MemoryState,
+};
+
+use crate::{
+    ApplyEntry, ApplyPayload, Position, ShardStore, Store, StoreConfig,
+    changes::HEADER_BYTES,
+    layout::{self, Kind, Meta},
+};
+
+pub(crate) const LOCAL: Actor = Actor { region: RegionId(1), incarnation: 1 };
+pub(crate) const REMOTE: Actor = Actor { region: RegionId(2), incarnation: 1 };
+pub(crate) const LWW: NamespaceId = NamespaceId(1);
+pub(crate) const SIBLINGS: NamespaceId = NamespaceId(17);
+pub(crate) const SHARD: ShardId = ShardId(3);
+
+const SMALL: StoreConfig = StoreConfig { block_cache_bytes: 1 << 20, memtable_bytes: 2 << 20 };
+
+pub(crate) fn open(dir: &Path) -> (Store, ShardStore) {
+    let store = Store::open(dir, SMALL).unwrap();
+    let shard = store.shard(SHARD).unwrap();
+    (store, shard)
+}
+
+pub(crate) fn fresh() -> (TempDir, Store, ShardStore) {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, shard) = open(dir.path());
+    (dir, store, shard)
+}
+
+/// So many cases, each of which opens stores.
+pub(crate) fn cases(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+/// The directory as a crash now would leave it: without what is in memory.
+pub(crate) fn crashed(store: &Store) -> TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    copy_dir(store.dir(), copy.path());
+    copy
+}
+
+fn copy_dir(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let target = to.join(path.file_name().unwrap());
+        if path.is_dir() {
+            copy_dir(&path, &target);
+        } else if !path.ends_with("LOCK") {
+            match fs::copy(&path, &target) {
+                Ok(_) => {}
+                // No longer in use, and dropped in the background.
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
+
+pub(crate) fn rule(namespace: NamespaceId) -> Rule {
+    if namespace == LWW { Rule::Lww } else { Rule::Siblings }
+}
+
+pub(crate) fn time(wall: u64) -> HybridTime {
+    HybridTime::new(wall, 0).unwrap()
+}
+
+pub(crate) fn put(key: &str, value: impl Into<Bytes>) -> Operation {
+    let key = Bytes::copy_from_slice(key.as_bytes());
+    Operation { key, content: Content::value(value), context: None }
+}
+
+pub(crate) fn delete(key: &str) -> Operation {
+    Operation { content: Content::Tombstone, ..put(key, "") }
+}
+
+pub(crate) fn write(wall: u64, operations: Vec<Operation>) -> Write {
+    Write {
+        namespace: LWW,
+        rule: Rule::Lww,
+        actor: LOCAL,
+        time: time(wall),
+        request: None,
+        checks: Vec::new(),
+        operations,
+    }
+}
+
+pub(crate) fn position(index: u64) -> Position {
+    Position { term: 1, node: 1, index }
+}
+
+pub(crate) fn entry(index: u64, commands: &[Command]) -> ApplyEntry {
+    let encoded: Vec<Bytes> = commands.iter().map(Command::to_bytes).collect();
+    let payload = ApplyPayload::Commands(encode_batch(&encoded));
+    ApplyEntry { position: position(index), payload }
+}
+
+/// Applies commands as the next entry.
+pub(crate) fn run(shard: &ShardStore, commands: &[Command]) -> Vec<Outcome> {
+    let index = shard.applied().map_or(0, |applied| applied.index) + 1;
+    shard.apply(&[entry(index, commands)]).unwrap().remove(0)
+}
+
+pub(crate) fn run_write(shard: &ShardStore, write: Write) -> Outcome {
+    run(shard, &[Command::Write(write)]).remove(0)
+}
+
+/// All of a shard, read from the engine and not through the shard's caches.
+pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
+    let inner = &*shard.inner;
+    let mut state = MemoryState::default();
+    let mut pairs =
+        inner.iterate(layout::shard_start(inner.id), layout::shard_end(inner.id), false);
+    pairs.seek_to_first();
+    while let Some((key, value)) = pairs.item() {
+        let value = Bytes::copy_from_slice(value);
+        let rest = &key[layout::PREFIX_BYTES..];
+        let namespace = || NamespaceId(u32::from_be_bytes(rest[..4].try_into().unwrap()));
+        match key[2] {
+            kind if kind == Kind::Meta as u8 => {
+                if let Some(Meta::Frontier(namespace)) = Meta::from_rest(rest) {
+                    let frontier = VersionVector::from_bytes(value.slice(1..)).unwrap();
+                    state.frontiers.insert(namespace, frontier);
+                }
+            }
+            kind if kind == Kind::Record as u8 => {
+                let user_key = Bytes::copy_from_slice(layout::user_key(key).unwrap());
+                state.records.insert((namespace(), user_key), Record::from_bytes(value).unwrap());
+            }
+            kind if kind == Kind::Change as u8 => {
+                let (namespace, actor) = layout::change_actor(key).unwrap();
+                let change = Change::from_bytes(value.slice(HEADER_BYTES..)).unwrap();
+                let seq = layout::change_seq(key).unwrap();
+                state.changes.insert((namespace, actor, seq), change);
+            }
+            kind if kind == Kind::Ledger as u8 => {
+                let entry = LedgerEntry::from_bytes(value).unwrap();
+                state.ledger.insert((namespace(), entry.id(namespace())), entry);
+            }
+            kind if kind == Kind::Dedup as u8 => {
+                let request = layout::dedup_request(key).unwrap();
+                state.requests.insert(request, decode_written(value).unwrap().1);
+            }
+            kind => panic!("unknown kind {kind}"),
+        }
+        pairs.next();
+    }
+    pairs.status().unwrap();
+    state
+}
+
+/// One thing that happens in a random history.
+#[derive(Clone, Debug)]
+pub(crate) enum Event {
+    /// Writes of this region: keys with values, or deletions.
+    Write {
+        sibling: bool,
+        keys: Vec<(u8, Option<u8>)>,
+        request: Option<(u8, u8)>,
+        check: Option<u8>,
+        blind: bool,
+    },
+    /// A write of the other region, which this one learns of with the next pull.
+    RemoteWrite { sibling: bool, keys: Vec<(u8, Option<u8>)>, pull_first: bool },
+    /// This region pulls.
+    Pull { sibling: bool },
+    /// The part of the log below this part (in quarters) of each actor's events goes.
+    Trim { sibling: bool, quarters: u8 },
+    /// Requests are forgotten.
+    Forget(Vec<(u8, u8)>),
+}
+
+/// Log entries, and what they must do.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct History {
+    pub(crate) entries: Vec<ApplyEntry>,
+    pub(crate) outcomes: Vec<Vec<Outcome>>,
+    /// The state after each number of entries.
+    pub(crate) states: Vec<MemoryState>,
+}
+
+pub(crate) fn events() -> impl Strategy<Value = Vec<Vec<Event>>> {
+    let keys = || prop::collection::vec((0u8..6, prop::option::weighted(0.8, any::<u8>())), 1..4);
+    let request = (0u8..3, 0u8..6);
+    let event = prop_oneof![
+        6 => (any::<bool>(), keys(), prop::option::of(request.clone()),
+              prop::option::weighted(0.2, 0u8..6), any::<bool>())
+            .prop_map(|(sibling, keys, request, check, blind)| {
+                Event::Write { sibling, keys, request, check, blind }
+            }),
+        3 => (any::<bool>(), keys(), any::<bool>())
+            .prop_map(|(sibling, keys, pull_first)| Event::RemoteWrite { sibling, keys, pull_first }),
+        2 => any::<bool>().prop_map(|sibling| Event::Pull { sibling }),
+        1 => (any::<bool>(), 0u8..5).prop_map(|(sibling, quarters)| Event::Trim { sibling, quarters }),
+        1 => prop::collection::vec(request, 1..4).prop_map(Event::Forget),
+    ];
+    prop::collection::vec(prop::collection::vec(event, 0..4), 1..24)
+}
+
+/// Runs events in memory.
+pub(crate) fn history(events: &[Vec<Event>]) -> History {
+    let mut world = World::default();
+    let mut history = History { states: vec![MemoryState::default()], ..History::default() };
+    for (index, group) in (1u64..).zip(events) {
+        let commands: Vec<Command> = group.iter().filter_map(|event| world.step(event)).collect();
+        let mut outcomes = Vec::new();
+        let entry = if commands.is_empty() {
+            let payload = if index % 2 == 0 {
+                ApplyPayload::Blank
+            } else {
+                ApplyPayload::Membership(Bytes::from(format!("members of {index}")))
+            };
+            ApplyEntry { position: position(index), payload }
+        } else {
+            outcomes = world.outcomes.split_off(world.outcomes.len() - commands.len());
+            entry(index, &commands)
+        };
+        history.entries.push(entry);
+        history.outcomes.push(outcomes);
+        history.states.push(world.local.clone());
+    }
+    history
+}
+
+#[derive(Default)]
+struct World {
+    local: MemoryState,
+    remote: MemoryState,
+    wall: u64,
+    outcomes: Vec<Outcome>,
+}
+
+impl World {
+    /// The command that an event is for this region, executed in memory.
+    fn step(&mut self, event: &Event) -> Option<Command> {
+        self.wall += 1;
+        let namespace = |sibling: bool| if sibling { SIBLINGS } else { LWW };
+        let command = match event {
+            Event::Write { sibling, keys, request, check, blind } => {
+                let namespace = namespace(*sibling);
+                let mut write = self.write(namespace, LOCAL, keys);
+                let request_id = |&(client, number): &(u8, u8)| request_id(client, number);
+                write.request = request.as_ref().map(request_id);
+                write.checks = check.iter().map(|&at| absent(at)).collect();
+                if !blind {
+                    write.operations[0].context = Some(self.local.frontier(namespace));
+                }
+                Command::Write(write)
+            }
+            Event::RemoteWrite { sibling, keys, pull_first } => {
+                let namespace = namespace(*sibling);
+                if *pull_first {
+                    let changes =
+                        self.local.changes_above(namespace, &self.remote.frontier(namespace));
+                    let pull = ingest(namespace, REMOTE, changes);
+                    let Ok(_) = execute(&mut self.remote, &pull);
+                }
+                let write = self.write(namespace, REMOTE, keys);
+                let Ok(_) = execute(&mut self.remote, &Command::Write(write));
+                return None;
+            }
+            Event::Pull { sibling } => {
+                let namespace = namespace(*sibling);
+                let frontier = self.local.frontier(namespace);
+                ingest(namespace, LOCAL, self.remote.changes_above(namespace, &frontier))
+            }
+            Event::Trim { sibling, quarters } => {
+                let namespace = namespace(*sibling);
+                let part = |(actor, seq): (Actor, u64)| (actor, seq * u64::from(*quarters) / 4);
+                let upto = self.local.frontier(namespace).iter().map(part).collect();
+                Command::Trim(Trim { namespace, upto })
+            }
+            Event::Forget(requests) => Command::ForgetRequests(
+                requests.iter().map(|&(client, number)| request_id(client, number)).collect(),
+            ),
+        };
+        let Ok(outcome) = execute(&mut self.local, &command);
+        self.outcomes.push(outcome);
+        Some(command)
+    }
+
+    fn write(&self, namespace: NamespaceId, actor: Actor, keys: &[(u8, Option<u8>)]) -> Write {
+        let operation = |&(key, value): &(u8, Option<u8>)| match value {
+            Some(value) => put(&format!("key-{key}"), vec![value; 1 + usize::from(value)]),
+            None => delete(&format!("key-{key}")),
+        };
+        let operations = keys.iter().map(operation).collect();
+        Write { namespace, rule: rule(namespace), actor, ..write(self.wall, operations) }
+    }
+}
+
+pub(crate) fn ingest(namespace: NamespaceId, local: Actor, changes: Vec<Change>) -> Command {
+    Command::Ingest(Ingest { namespace, rule: rule(namespace), local, changes })
+}
+
+pub(crate) fn request_id(client: u8, number: u8) -> RequestId {
+    RequestId { client: u64::from(client), number: u64::from(number) }
+}
+
+fn absent(key: u8) -> Check {
+    Check { key: Bytes::from(format!("key-{key}")), condition: Condition::Absent }
+}
+
+/// What the caches of a shard must say about `state`.
+pub(crate) fn assert_caches_match(shard: &ShardStore, state: &MemoryState) {
+    let frontiers: BTreeMap<_, _> = state.frontiers.clone();
+    assert_eq!(shard.frontiers(), frontiers);
+    for (&(namespace, ref key), record) in &state.records {
+        assert_eq!(shard.record(namespace, key).unwrap().as_ref(), Some(record));
+    }
+    for (&(namespace, actor, seq), change) in &state.changes {
+        let stored = shard.changes(namespace, actor, seq, 1).unwrap();
+        assert_eq!(&stored[0].decoded, change);
+        assert!(!shard.trimmed(namespace).covers(change.last()));
+    }
+}
