@@ -419,6 +419,12 @@ impl Group {
         failures.report(failure);
     }
 
+    /// Asks for an election now, if the peers agree that there is no leader. For tests.
+    #[doc(hidden)]
+    pub async fn campaign(&self) {
+        let _ = self.inner.raft.trigger().elect(true).await;
+    }
+
     /// Kills the Raft core as a bug in it would. For tests of what notices it.
     #[doc(hidden)]
     pub async fn crash_core(&self) {

@@ -47,10 +47,10 @@ fn commands(layout: &Layout, named: Option<&Path>) -> Vec<(String, String)> {
     let mut say = |command: String, meaning: String| commands.push((command, meaning));
     let Some(home) = regions.first() else { return commands };
     let Some(node) = first_of(home) else { return commands };
-    say(format!("tombolo -e {} put hello world", node.client), format!("write in {home}"));
+    say(format!("tombolo put -e {} hello world", node.client), format!("write in {home}"));
     for region in &regions[1..] {
         if let Some(node) = first_of(region) {
-            say(format!("tombolo -e {} get hello", node.client), format!("read in {region}"));
+            say(format!("tombolo get -e {} hello", node.client), format!("read in {region}"));
         }
     }
     say(format!("curl 'http://{}/readyz?verbose'", node.http), format!("ask {}", node.name));
@@ -142,8 +142,8 @@ mod tests {
             assert!(text.contains(&node.name) && text.contains(&node.client.to_string()), "{text}");
         }
         for command in [
-            "tombolo -e 127.0.0.1:7101 put hello world",
-            "tombolo -e 127.0.0.1:7109 get hello",
+            "tombolo put -e 127.0.0.1:7101 hello world",
+            "tombolo get -e 127.0.0.1:7109 hello",
             "tombolo demo partition us eu --data-dir /demo",
             "tombolo demo kill us-2 --data-dir /demo",
         ] {

@@ -1,11 +1,6 @@
 //! The calling side: openraft's network on gRPC.
 //!
-//! An append session is one bidirectional stream per follower and group: openraft feeds requests,
-//! answers come back in order. The session polls requests and answers from one place, so that
-//! dropping it also drops openraft's request stream at once (which holds a lock that the next
-//! session needs) instead of leaving it with the HTTP/2 connection.
-//!
-//! Heartbeats are single calls on the control connection. Votes, pre-votes and transfers too.
+//! Entries go over one bidirectional stream per follower and group ([`super::append`]). Heartbeats are single calls on the control connection. Votes, pre-votes and transfers too.
 //!
 //! Errors: what a wait may heal is `Unreachable`, which makes openraft back off; only a stream
 //! that worked and then broke is `NetworkError`, which it retries at once.
@@ -35,6 +30,7 @@ use tombolo_proto::internal::v1::raft_service_client::RaftServiceClient;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
+use crate::network::append::{append_result, append_to_wire};
 use crate::network::faults::Faults;
 use crate::network::identity::Identities;
 use crate::snapshot::SnapshotData;
@@ -44,9 +40,6 @@ use crate::types::{
     vote_from_wire, vote_to_wire,
 };
 
-/// Requests of one session that may be unanswered. Between 2 and unlimited make no difference to
-/// throughput; the bound keeps a slow follower's backlog small.
-const APPEND_WINDOW: usize = 8;
 /// Largest message on a Raft connection: one command above the batch limit still fits.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 64 << 20;
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
@@ -54,7 +47,7 @@ const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(3);
 
-type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
+pub(super) type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
 
 /// How long the calling side waits.
 #[derive(Clone, Copy, Debug)]
@@ -250,113 +243,7 @@ impl Connection {
         Ok(VoteResponse::new(vote_from_wire(vote), last, answer.granted))
     }
 
-    async fn open_session<S>(&self, mut input: S) -> RpcResult<Option<Session<S>>>
-    where
-        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + Unpin + 'static,
-    {
-        let mut peer = self.transport.peer(self.target)?;
-        let identity = self.transport.identity(self.target, &peer).await?;
-        let Some(first) = input.next().await else { return Ok(None) };
-        let (requests, outgoing) = mpsc::channel(APPEND_WINDOW);
-        let first = append_to_wire(first, self.group, Some(identity));
-        if requests.try_send(first).is_err() {
-            return Err(network("the request channel is closed"));
-        }
-        let answers = peer
-            .append
-            .append(ReceiverStream::new(outgoing))
-            .await
-            .map_err(|status| rpc_error(&status))?
-            .into_inner();
-        Ok(Some(Session {
-            group: self.group,
-            target: self.target,
-            transport: self.transport.clone(),
-            input: Some((input, requests)),
-            answers,
-            unanswered: 1,
-            progress: Instant::now(),
-        }))
-    }
-}
-
-/// An open append stream.
-struct Session<S> {
-    group: u64,
-    target: u64,
-    transport: Arc<Transport>,
-    /// Gone when openraft has no more requests for this session.
-    input: Option<(S, mpsc::Sender<pb::AppendRequest>)>,
-    answers: tonic::Streaming<pb::AppendResponse>,
-    unanswered: usize,
-    progress: Instant,
-}
-
-enum Event {
-    Answer(Result<Option<pb::AppendResponse>, Status>),
-    Request(Option<AppendEntriesRequest<TypeConfig>>),
-    Stalled,
-}
-
-impl<S> Session<S>
-where
-    S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + Unpin + 'static,
-{
-    /// The next answer. `None` at the end, which comes only when openraft ended its requests.
-    async fn next(&mut self) -> Option<RpcResult<StreamAppendResult<TypeConfig>>> {
-        loop {
-            let event = self.event().await;
-            if self.transport.faults.is_cut(self.target) {
-                return Some(Err(unreachable("cut off".to_owned())));
-            }
-            match event {
-                Event::Request(Some(request)) => {
-                    if self.unanswered == 0 {
-                        self.progress = Instant::now();
-                    }
-                    self.unanswered += 1;
-                    let request = append_to_wire(request, self.group, None);
-                    let sent = self.input.as_ref().map(|(_, out)| out.try_send(request));
-                    if !matches!(sent, Some(Ok(()))) {
-                        return Some(Err(network("the append stream is broken")));
-                    }
-                }
-                // Ends our side of the stream; answers still come.
-                Event::Request(None) => self.input = None,
-                Event::Answer(Ok(Some(answer))) => {
-                    self.unanswered = self.unanswered.saturating_sub(1);
-                    self.progress = Instant::now();
-                    return Some(append_result(answer));
-                }
-                Event::Answer(Ok(None)) if self.input.is_none() => return None,
-                Event::Answer(Ok(None)) => {
-                    return Some(Err(network("the follower ended the append stream")));
-                }
-                Event::Answer(Err(status)) => return Some(Err(rpc_error(&status))),
-                Event::Stalled => {
-                    return Some(Err(unreachable("no answer to an append in time".to_owned())));
-                }
-            }
-        }
-    }
-
-    /// Waits for what happens first. Safe to drop at any point.
-    async fn event(&mut self) -> Event {
-        let room = self.unanswered < APPEND_WINDOW;
-        let deadline = self.progress + self.transport.patience.append;
-        let next_request = async {
-            match &mut self.input {
-                Some((input, _)) if room => Event::Request(input.next().await),
-                Some(_) | None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            biased;
-            answer = self.answers.message() => Event::Answer(answer),
-            event = next_request => event,
-            () = tokio::time::sleep_until(deadline), if 0 < self.unanswered => Event::Stalled,
-        }
-    }
+    /// Opens a stream with its first request, within the transport's patience.
 }
 
 impl RaftNetworkV2<TypeConfig> for Connection {
@@ -396,19 +283,24 @@ impl RaftNetworkV2<TypeConfig> for Connection {
             });
             return Box::pin(async move { Ok(answers.boxed()) });
         }
-        Box::pin(async move {
-            let limit = self.transport.patience.append;
-            let session = tokio::time::timeout(limit, self.open_session(input))
-                .await
-                .map_err(|_| unreachable("no answer to the first append in time".to_owned()))??;
-            let answers = stream::unfold(session, |session| async move {
-                let mut session = session?;
-                let answer = session.next().await?;
-                let go_on = matches!(answer, Ok(Ok(_)));
-                Some((answer, go_on.then_some(session)))
-            });
-            Ok(answers.boxed())
-        })
+        let connection: &'s Self = self;
+        let answers = stream::unfold(Some(Stage::Idle(input)), move |stage| async move {
+            let mut session = match stage? {
+                Stage::Open(session) => session,
+                // An idle group has nothing to send for hours: only a request starts the clock.
+                Stage::Idle(mut input) => {
+                    let first = input.next().await?;
+                    match connection.open_session(first, input).await {
+                        Ok(session) => session,
+                        Err(error) => return Some((Err(error), None)),
+                    }
+                }
+            };
+            let answer = session.next().await?;
+            let go_on = matches!(answer, Ok(Ok(_)));
+            Some((answer, go_on.then_some(Stage::Open(session))))
+        });
+        Box::pin(async move { Ok(answers.boxed()) })
     }
 
     async fn vote(
@@ -477,36 +369,6 @@ impl RaftNetworkV2<TypeConfig> for Connection {
             }
         })
     }
-}
-
-fn append_to_wire(
-    request: AppendEntriesRequest<TypeConfig>,
-    group: u64,
-    identity: Option<pb::Identity>,
-) -> pb::AppendRequest {
-    pb::AppendRequest {
-        identity,
-        group,
-        vote: Some(vote_to_wire(&request.vote)),
-        prev: request.prev_log_id.as_ref().map(log_id_to_wire),
-        entries: request.entries.into_iter().map(entry_to_wire).collect(),
-        commit: request.leader_commit.as_ref().map(log_id_to_wire),
-    }
-}
-
-fn append_result(answer: pb::AppendResponse) -> RpcResult<StreamAppendResult<TypeConfig>> {
-    Ok(match required(answer.result, "result")? {
-        pb::append_response::Result::Matched(matched) => {
-            let upto: Option<LogId> = matched.upto.map(log_id_from_wire);
-            Ok(upto)
-        }
-        pb::append_response::Result::Conflict(at) => {
-            Err(StreamAppendError::Conflict(log_id_from_wire(at)))
-        }
-        pb::append_response::Result::HigherVote(vote) => {
-            Err(StreamAppendError::HigherVote(vote_from_wire(vote)))
-        }
-    })
 }
 
 pub(crate) fn required<T>(field: Option<T>, name: &str) -> RpcResult<T> {

@@ -11,6 +11,7 @@
 //!
 //! Not here: encryption and authentication of peers, discovery of addresses (configuration).
 
+mod append;
 pub(crate) mod client;
 pub(crate) mod faults;
 pub(crate) mod identity;

@@ -10,7 +10,6 @@ use bytes::Bytes;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 use tokio::time::Instant;
-use tokio_stream::wrappers::TcpListenerStream;
 use tombolo_consensus::{Consensus, ConsensusConfig, Group, PeerAddress, Proposed};
 use tombolo_core::command::{Operation, Write};
 use tombolo_core::{
@@ -18,6 +17,7 @@ use tombolo_core::{
 };
 use tombolo_raftlog::RaftLog;
 use tombolo_storage::{Store, StoreConfig};
+use tonic::transport::server::TcpIncoming;
 
 /// No wait in these tests is longer.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
@@ -187,8 +187,7 @@ impl Node {
     /// The value that this node holds.
     pub(crate) fn value(&self, key: &str) -> Option<Bytes> {
         let record = self.group().store().record(NamespaceId::DEFAULT, key.as_bytes()).unwrap()?;
-        let value = record.live_at(HybridTime::ZERO).next().map(|(_, value)| value.clone());
-        value
+        record.live_at(HybridTime::ZERO).next().map(|(_, value)| value.clone())
     }
 
     /// Waits for something that this node's numbers must come to show.
@@ -228,7 +227,7 @@ impl Running {
             let listener = tokio::net::TcpListener::bind(address).await.unwrap();
             let consensus = Consensus::start(config, log.clone(), store).await.unwrap();
             let server = tonic::transport::Server::builder().add_service(consensus.raft_service());
-            let incoming = TcpListenerStream::new(listener);
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
             tokio::spawn(server.serve_with_incoming(incoming));
             consensus
         });

@@ -1,0 +1,87 @@
+//! Refreshes the metrics' gauges when they are scraped, from the parts' plain numbers.
+
+use std::sync::Arc;
+
+use tombolo_consensus::Consensus;
+use tombolo_raftlog::RaftLog;
+use tombolo_replication::{LinkPhase, LinkStatuses};
+use tombolo_service::{
+    lag_of,
+    metrics::{LinkNumbers, Metrics, RaftLogNumbers, RaftNumbers, RocksNumbers},
+};
+use tombolo_shard::Shards;
+use tombolo_storage::Store;
+
+/// What the numbers are read from.
+pub(crate) struct Sources {
+    pub(crate) consensus: Consensus,
+    pub(crate) shards: Shards,
+    pub(crate) store: Store,
+    pub(crate) log: RaftLog,
+    pub(crate) links: Arc<LinkStatuses>,
+    pub(crate) segment_bytes: u64,
+}
+
+impl Sources {
+    /// Reads all numbers into `metrics`.
+    pub(crate) fn refresh(&self, metrics: &Metrics) {
+        for group in self.consensus.groups() {
+            let numbers = group.metrics();
+            let commit_lag_entries =
+                numbers.last_log.unwrap_or(0).saturating_sub(numbers.committed.unwrap_or(0));
+            metrics.set_raft(
+                u32::from(numbers.shard),
+                &RaftNumbers {
+                    is_leader: numbers.is_leader,
+                    term: numbers.term,
+                    commit_lag_entries,
+                    leader_changes: numbers.leader_changes,
+                },
+            );
+        }
+        self.refresh_links(metrics);
+        let log = self.log.metrics();
+        metrics.set_raft_log(&RaftLogNumbers {
+            syncs: log.syncs,
+            written_bytes: log.bytes,
+            disk_bytes: log.segments * self.segment_bytes,
+        });
+        match self.store.metrics() {
+            Ok(store) => metrics.set_rocksdb(&RocksNumbers {
+                sst_bytes: store.sst_bytes,
+                memtable_bytes: store.memtable_bytes,
+                block_cache_bytes: store.block_cache_bytes,
+                compaction_pending_bytes: store.pending_compaction_bytes,
+                running_compactions: store.running_compactions,
+                running_flushes: store.running_flushes,
+                write_stopped: store.write_stopped,
+                ..RocksNumbers::default()
+            }),
+            Err(error) => tracing::warn!(%error, "the data store's numbers cannot be read"),
+        }
+    }
+
+    fn refresh_links(&self, metrics: &Metrics) {
+        let topology = self.shards.topology();
+        let statuses = self.links.all();
+        for peer in topology.peers() {
+            let mut numbers = LinkNumbers { up: true, ..LinkNumbers::default() };
+            for (_, status) in statuses.iter().filter(|(key, _)| key.peer == peer.id) {
+                numbers.up &= status.phase == LinkPhase::Streaming;
+                numbers.received_bytes += status.received_bytes;
+            }
+            for shard in self.shards.iter().filter(|shard| shard.is_leader()) {
+                for namespace in shard.store().frontiers().into_keys() {
+                    match lag_of(shard, namespace, peer.id) {
+                        Ok(lag) => {
+                            numbers.backlog_ops += lag.events;
+                            numbers.lag_seconds = numbers.lag_seconds.max(lag.seconds);
+                        }
+                        Err(error) => tracing::warn!(%error, "a link's lag cannot be read"),
+                    }
+                }
+            }
+            metrics.set_link(&peer.name, &numbers);
+        }
+    }
+}
