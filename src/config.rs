@@ -174,11 +174,6 @@ pub struct Replication {
     /// A link without progress for this long is opened anew.
     #[serde(with = "humantime_serde")]
     pub watchdog: Duration,
-    /// Changes of a third region are relayed after it was unreachable for this long.
-    #[serde(with = "humantime_serde")]
-    pub relay_after: Duration,
-    /// Change log kept for regions that are behind; past it they are repaired by comparison.
-    pub change_log_bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

@@ -13,6 +13,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use toml::Value;
 
+/// What a log entry holds beside the request that it carries, at most.
+const ENTRY_OVERHEAD_BYTES: u64 = 64 << 10;
+
 /// One thing that is wrong with the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
@@ -267,6 +270,18 @@ fn bounds(config: &Config, report: &mut Report<'_>) {
                 config.raft_log.retain_bytes, config.raft_log.segment_bytes
             ),
             "keep one segment at least",
+        );
+    }
+    // A log entry takes at most a quarter of a segment, and a request becomes one entry.
+    let entry_bytes = config.limits.max_message_bytes as u64 + ENTRY_OVERHEAD_BYTES;
+    if config.raft_log.segment_bytes / 4 < entry_bytes {
+        report.add(
+            "raft_log.segment_bytes",
+            format!(
+                "{} is less than four times limits.max_message_bytes of {} and {ENTRY_OVERHEAD_BYTES}",
+                config.raft_log.segment_bytes, config.limits.max_message_bytes
+            ),
+            "raise it, or lower limits.max_message_bytes",
         );
     }
     let replication = &config.replication;

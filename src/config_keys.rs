@@ -245,18 +245,6 @@ pub const KEYS: &[Key] = &[
         "\"30s\"",
         "A link without progress for this long is opened anew.",
     ),
-    key(
-        "replication.relay_after",
-        millis(100, HOUR_MS),
-        "\"3s\"",
-        "Pass on a third region's changes after it was unreachable for this long.",
-    ),
-    key(
-        "replication.change_log_bytes",
-        bytes(MIB, 16 * TIB),
-        "1073741824",
-        "Change log kept for regions that are behind; past it they are repaired by comparison.",
-    ),
     key("limits.max_value_bytes", bytes(1, 64 * MIB), "1048576", "Largest value of a key."),
     key(
         "limits.max_message_bytes",

@@ -44,10 +44,10 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// In words for an operator: what is wrong, where, and what to do.
 pub async fn run(config: Config, telemetry: Telemetry) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
-    let ports = Ports::bind(&config).await?;
-    let disk = Disk::open(&config)?;
+    let set_filter =
+        move |directives: &str| telemetry.set_filter(directives).map_err(|error| error.to_string());
     let node = tokio::select! {
-        node = Node::start(&config, ports, disk, telemetry) => node?,
+        node = Node::start(&config, Box::new(set_filter)) => node?,
         () = signals.next() => return Ok(()),
     };
     tracing::info!(
@@ -71,7 +71,7 @@ pub async fn run(config: Config, telemetry: Telemetry) -> anyhow::Result<()> {
         bail!("a part of the node failed and it must stop: {failure}");
     }
     tokio::select! {
-        () = node.drain(&config) => tracing::info!("node stopped"),
+        () = node.stop(&config) => tracing::info!("node stopped"),
         () = signals.next() => tracing::warn!("second signal: stopping at once"),
     }
     Ok(())
@@ -285,8 +285,11 @@ fn replication_config(config: &Config) -> ReplicationConfig {
     }
 }
 
-/// A running node.
-struct Node {
+/// Replaces the process's log filter.
+pub type SetLogFilter = Box<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
+
+/// A running node. Several may run in one process, each with a configuration of its own.
+pub struct Node {
     consensus: Consensus,
     log: RaftLog,
     checks: Arc<http::Checks>,
@@ -299,13 +302,13 @@ struct Node {
 }
 
 impl Node {
-    async fn start(
-        config: &Config,
-        ports: Ports,
-        disk: Disk,
-        telemetry: Telemetry,
-    ) -> anyhow::Result<Self> {
-        let Disk { log, store, identity } = disk;
+    /// Starts every part.
+    ///
+    /// # Errors
+    /// In words for an operator: a port in use, a data directory of another node, damaged data.
+    pub async fn start(config: &Config, set_log_filter: SetLogFilter) -> anyhow::Result<Self> {
+        let ports = Ports::bind(config).await?;
+        let Disk { log, store, identity } = Disk::open(config)?;
         let topology = Arc::new(topology(config, &identity)?);
         let consensus =
             Consensus::start(consensus_config(config, &identity), log.clone(), store.clone())
@@ -386,13 +389,10 @@ impl Node {
             .add_service(reflection_v1alpha()?);
         serve(&tasks, "client", client, ports.client, &stop_ports);
 
-        let apply = move |directives: &str| {
-            telemetry.set_filter(directives).map_err(|error| error.to_string())
-        };
         let state = http::HttpState {
             metrics,
             checks: Arc::clone(&checks),
-            log_filter: Arc::new(http::LogFilter::new(config.log.filter.clone(), apply)),
+            log_filter: Arc::new(http::LogFilter::new(config.log.filter.clone(), set_log_filter)),
         };
         let stop = stop_ports.clone();
         tasks.spawn(async move {
@@ -411,8 +411,13 @@ impl Node {
         Ok(Self { consensus, log, checks, admission, stop_streams, stop_ports, tasks })
     }
 
-    /// Stops in order, within the configured bound.
-    async fn drain(self, config: &Config) {
+    /// Whether this node can serve clients.
+    pub fn is_ready(&self) -> bool {
+        self.checks.is_ready()
+    }
+
+    /// Stops in order: hands leadership over, ends streams, closes. Bounded by the configuration.
+    pub async fn stop(self, config: &Config) {
         tracing::info!(timeout = ?config.drain.timeout, "draining");
         self.checks.start_drain();
         tokio::time::sleep(config.drain.initial_wait).await;

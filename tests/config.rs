@@ -106,8 +106,6 @@ fn a_minimal_file_gets_the_documented_defaults() {
     assert_eq!(config.replication.retry_min, Duration::from_millis(100));
     assert_eq!(config.replication.retry_max, Duration::from_secs(5));
     assert_eq!(config.replication.watchdog, Duration::from_secs(30));
-    assert_eq!(config.replication.relay_after, Duration::from_secs(3));
-    assert_eq!(config.replication.change_log_bytes, 1 << 30);
     assert_eq!(config.limits.max_value_bytes, 1 << 20);
     assert_eq!(config.limits.max_message_bytes, 4 << 20);
     assert_eq!(config.limits.default_deadline, Duration::from_secs(5));
@@ -177,7 +175,7 @@ fn each_layer_overrides_the_one_before_and_is_named_as_the_origin() {
 fn env_and_set_take_toml_values_or_plain_text() {
     let env = [
         ("TOMBOLO__RAFT__LEASE_READS", "true"),
-        ("TOMBOLO__RAFT_LOG__SEGMENT_BYTES", "2097152"),
+        ("TOMBOLO__RAFT_LOG__SEGMENT_BYTES", "33554432"),
         ("TOMBOLO__CLUSTER_ID", "\"quoted\""),
         ("TOMBOLO_ENDPOINT", "not for the server"),
         ("PATH", "/bin"),
@@ -187,7 +185,7 @@ fn env_and_set_take_toml_values_or_plain_text() {
     let config = File::new(MINIMAL).load(&env, &sets).unwrap().config;
 
     assert!(config.raft.lease_reads);
-    assert_eq!(config.raft_log.segment_bytes, 2 << 20);
+    assert_eq!(config.raft_log.segment_bytes, 32 << 20);
     assert_eq!(config.cluster_id, "quoted");
     assert_eq!(config.log.filter, "info,tombolo=debug");
     assert_eq!(config.data_dir, Path::new("2026"));

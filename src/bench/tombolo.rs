@@ -120,19 +120,17 @@ fn share_out(connections: usize, led: &[usize]) -> Vec<usize> {
     shares
 }
 
+/// Fails at once if nobody answers; waits if those who do know of an election.
 async fn wait_for_leaders(endpoints: &[String]) -> anyhow::Result<Topology> {
     let mut topology = Topology::default();
     let deadline = Instant::now() + LEADERS_TIMEOUT;
     loop {
-        let asked = topology.ask(endpoints).await;
-        if asked.is_ok() && topology.is_complete() {
+        topology.ask(endpoints).await?;
+        if topology.is_complete() {
             return Ok(topology);
         }
-        if deadline < Instant::now() {
-            asked?;
-            let leaderless = topology.leaders.iter().filter(|(_, leader)| leader.is_none());
-            anyhow::bail!("{} shards have no leader", leaderless.count());
-        }
+        let leaderless = topology.leaders.iter().filter(|(_, leader)| leader.is_none()).count();
+        ensure!(Instant::now() < deadline, "{leaderless} shards have no leader");
         tokio::time::sleep(REFRESH_INTERVAL).await;
     }
 }

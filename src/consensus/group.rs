@@ -186,7 +186,7 @@ impl Group {
             inner: Arc::new(Inner {
                 shard,
                 node,
-                batcher: Batcher::new(Box::new(CoreProposer(raft.clone()))),
+                batcher: Batcher::new(Box::new(CoreProposer(raft.clone())), log.max_entry_bytes()),
                 reads: Arc::new(Reads::new(raft.clone(), data.watch_applied(), lease)),
                 raft,
                 leadership,

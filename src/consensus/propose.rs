@@ -40,9 +40,8 @@ const IN_FLIGHT_MAX: usize = 2;
 const ENTRY_BYTES_MAX: usize = 256 << 10;
 /// An entry is closed when it holds this many commands.
 const ENTRY_COMMANDS_MAX: usize = 512;
-/// The largest command. The log takes entries of a quarter of a segment, 16 MiB by default, and an
-/// entry that it refuses would end the group.
-const COMMAND_BYTES_MAX: usize = 8 << 20;
+/// What an entry holds beside its command: the log's frame, the batch's header.
+const ENTRY_OVERHEAD_BYTES: u64 = 256;
 /// Commands that may wait.
 const QUEUE_COMMANDS_MAX: usize = 8192;
 /// Bytes of commands that may wait. A single larger command is taken when the queue is empty.
@@ -135,6 +134,8 @@ pub(crate) struct Batcher {
 
 struct Shared {
     proposer: Box<dyn Proposer>,
+    /// The largest command: an entry that the log refuses would end the group.
+    command_bytes_max: usize,
     state: Mutex<State>,
     counters: ProposeCounters,
 }
@@ -150,10 +151,13 @@ impl fmt::Debug for Batcher {
 }
 
 impl Batcher {
-    pub(crate) fn new(proposer: Box<dyn Proposer>) -> Self {
+    /// A queue to `proposer`, for a log that takes entries of `entry_bytes_max`.
+    pub(crate) fn new(proposer: Box<dyn Proposer>, entry_bytes_max: u64) -> Self {
+        let command_bytes_max = entry_bytes_max.saturating_sub(ENTRY_OVERHEAD_BYTES);
         Self {
             shared: Arc::new(Shared {
                 proposer,
+                command_bytes_max: usize::try_from(command_bytes_max).unwrap_or(usize::MAX),
                 state: Mutex::default(),
                 counters: ProposeCounters::default(),
             }),
@@ -173,7 +177,7 @@ impl Batcher {
     ///
     /// Dropping the future does not cancel the proposal.
     pub(crate) async fn propose(&self, command: Bytes) -> Answer {
-        let (bytes, max) = (command.len(), COMMAND_BYTES_MAX);
+        let (bytes, max) = (command.len(), self.shared.command_bytes_max);
         if max < bytes {
             return Err(ProposeError::TooLarge { bytes, max });
         }

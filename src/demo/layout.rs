@@ -262,7 +262,7 @@ impl Layout {
             regions: regions.collect(),
             catalog: Catalog { home: self.shape.regions.first().map_or("", String::as_str) },
             raft_log: RaftLog {
-                segment_bytes: 8 << 20,
+                segment_bytes: 18 << 20,
                 cache_bytes: 16 << 20,
                 retain_bytes: 64 << 20,
             },

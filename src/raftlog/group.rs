@@ -114,6 +114,12 @@ impl Group {
         }
     }
 
+    /// The largest entry that this log takes, in bytes, frame included: a quarter of a segment,
+    /// and never more than [`crate::MAX_ENTRY_BYTES`].
+    pub fn max_entry_bytes(&self) -> u64 {
+        self.inner.shared.max_entry_bytes
+    }
+
     /// Adds entries after the newest one. They are readable when this returns; `done` is called once they
     /// are durable, in the order of submission over all groups.
     ///

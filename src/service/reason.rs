@@ -132,7 +132,7 @@ reasons! {
     RequestIdInvalid "REQUEST_ID_INVALID" InvalidArgument Never 0
         "The request id's client is 0, or the id was used for another request."
         "Choose a random client number once, count up for each request, repeat an id only with it."
-    CrossShardBatch "CROSS_SHARD_BATCH" InvalidArgument Never 0
+    CrossShardBatch "CROSS_SHARD_BATCH" FailedPrecondition Never 0
         "The keys of one atomic batch live in more than one shard."
         "Give keys that belong together the same hash tag, or send one batch for each shard."
     BatchTooLarge "BATCH_TOO_LARGE" InvalidArgument Never 0
@@ -183,7 +183,7 @@ reasons! {
     NoQuorum "NO_QUORUM" Unavailable SameRequestId 500
         "The leader could not reach a majority of the region's nodes in time."
         "Repeat after the time in RetryInfo; if it lasts, look for stopped nodes in this region."
-    SessionNotCaughtUp "SESSION_NOT_CAUGHT_UP" Unavailable Anywhere 200
+    SessionNotCaughtUp "SESSION_NOT_CAUGHT_UP" Aborted Anywhere 200
         "This region has not yet received what the session has seen elsewhere."
         "Repeat later, use the region the session used before, or drop the session token."
     ContextAhead "CONTEXT_AHEAD" Unavailable Anywhere 200
@@ -219,7 +219,7 @@ reasons! {
     StorageFailed "STORAGE_FAILED" Internal SameRequestId 0
         "The node could not read or write its disk."
         "Use another node of the region; the operator finds the cause in this node's log."
-    Internal "INTERNAL" Internal SameRequestId 0
+    Internal "INTERNAL" Internal Never 0
         "The server met a state that it should never be in."
         "Report it with the message and this node's log."
 }

@@ -29,13 +29,13 @@ use crate::types::{
 const APPEND_WINDOW: usize = 8;
 
 impl Connection {
-    /// Sends the first request and waits until the follower has accepted the stream. `None` if
-    /// there is nothing to send.
+    /// Sends the first request and waits until the follower has accepted the stream, within the
+    /// transport's patience.
     pub(super) async fn open_session<S>(
         &self,
         first: AppendEntriesRequest<TypeConfig>,
         input: S,
-    ) -> RpcResult<Session<S>> {
+    ) -> RpcResult<Box<Session<S>>> {
         let limit = self.transport.patience.append;
         tokio::time::timeout(limit, self.try_open_session(first, input))
             .await
@@ -46,7 +46,7 @@ impl Connection {
         &self,
         first: AppendEntriesRequest<TypeConfig>,
         input: S,
-    ) -> RpcResult<Session<S>> {
+    ) -> RpcResult<Box<Session<S>>> {
         let mut peer = self.transport.peer(self.target)?;
         let identity = self.transport.identity(self.target, &peer).await?;
         let (requests, outgoing) = mpsc::channel(APPEND_WINDOW);
@@ -60,7 +60,7 @@ impl Connection {
             .await
             .map_err(|status| rpc_error(&status))?
             .into_inner();
-        Ok(Session {
+        Ok(Box::new(Session {
             group: self.group,
             target: self.target,
             transport: self.transport.clone(),
@@ -68,15 +68,16 @@ impl Connection {
             answers,
             unanswered: 1,
             progress: Instant::now(),
-        })
+        }))
     }
 }
 
 /// Where an append stream stands.
-enum Stage<S> {
+pub(super) enum Stage<S> {
     /// Nothing was sent yet.
     Idle(S),
-    Open(Session<S>),
+    /// The follower has accepted the stream.
+    Open(Box<Session<S>>),
 }
 
 /// An open append stream.
@@ -91,7 +92,6 @@ pub(super) struct Session<S> {
     progress: Instant,
 }
 
-#[expect(clippy::large_enum_variant, reason = "lives for one turn of the loop, on the stack")]
 enum Event {
     Answer(Result<Option<pb::AppendResponse>, Status>),
     Request(Option<AppendEntriesRequest<TypeConfig>>),
@@ -177,7 +177,9 @@ pub(super) fn append_to_wire(
     }
 }
 
-pub(super) fn append_result(answer: pb::AppendResponse) -> RpcResult<StreamAppendResult<TypeConfig>> {
+pub(super) fn append_result(
+    answer: pb::AppendResponse,
+) -> RpcResult<StreamAppendResult<TypeConfig>> {
     Ok(match required(answer.result, "result")? {
         pb::append_response::Result::Matched(matched) => {
             let upto: Option<LogId> = matched.upto.map(log_id_from_wire);

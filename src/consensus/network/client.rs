@@ -1,6 +1,7 @@
 //! The calling side: openraft's network on gRPC.
 //!
-//! Entries go over one bidirectional stream per follower and group ([`super::append`]). Heartbeats are single calls on the control connection. Votes, pre-votes and transfers too.
+//! Entries go over one bidirectional stream per follower and group ([`super::append`]).
+//! Heartbeats are single calls on the control connection; votes, pre-votes and transfers too.
 //!
 //! Errors: what a wait may heal is `Unreachable`, which makes openraft back off; only a stream
 //! that worked and then broke is `NetworkError`, which it retries at once.
@@ -22,22 +23,18 @@ use openraft::raft::{
     VoteRequest, VoteResponse,
 };
 use openraft::{OptionalSend, RaftNetworkFactory, RaftNetworkV2};
-use tokio::sync::mpsc;
-use tokio::time::Instant;
-use tokio_stream::wrappers::ReceiverStream;
 use tombolo_proto::internal::v1 as pb;
 use tombolo_proto::internal::v1::raft_service_client::RaftServiceClient;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-use crate::network::append::{append_result, append_to_wire};
+use crate::network::append::{Stage, append_result, append_to_wire};
 use crate::network::faults::Faults;
 use crate::network::identity::Identities;
 use crate::snapshot::SnapshotData;
 use crate::state_machine::ShardSnapshot;
 use crate::types::{
-    LogId, Member, TypeConfig, Vote, entry_to_wire, log_id_from_wire, log_id_to_wire,
-    vote_from_wire, vote_to_wire,
+    Member, TypeConfig, Vote, log_id_from_wire, log_id_to_wire, vote_from_wire, vote_to_wire,
 };
 
 /// Largest message on a Raft connection: one command above the batch limit still fits.
@@ -242,8 +239,6 @@ impl Connection {
         let last = answer.last.map(log_id_from_wire);
         Ok(VoteResponse::new(vote_from_wire(vote), last, answer.granted))
     }
-
-    /// Opens a stream with its first request, within the transport's patience.
 }
 
 impl RaftNetworkV2<TypeConfig> for Connection {

@@ -31,7 +31,7 @@ impl Proposer for DeadCore {
 
 fn batcher() -> (Batcher, Log) {
     let log = Log::default();
-    (Batcher::new(Box::new(FakeCore(log.clone()))), log)
+    (Batcher::new(Box::new(FakeCore(log.clone())), 8 << 20), log)
 }
 
 /// A harmless command that can be told apart.
@@ -117,7 +117,7 @@ async fn an_entry_is_bounded_in_bytes_and_the_queue_refuses_what_is_too_much() {
     }
 
     assert_eq!(batcher.propose(big()).await, Err(ProposeError::Overloaded));
-    let too_large = Bytes::from(vec![0u8; COMMAND_BYTES_MAX + 1]);
+    let too_large = Bytes::from(vec![0u8; 8 << 20]);
     assert!(matches!(batcher.propose(too_large).await, Err(ProposeError::TooLarge { .. })));
     let first = log.lock().remove(0);
     drop(first);
@@ -127,7 +127,7 @@ async fn an_entry_is_bounded_in_bytes_and_the_queue_refuses_what_is_too_much() {
 
 #[tokio::test]
 async fn a_dead_core_answers_everyone() {
-    let batcher = Batcher::new(Box::new(DeadCore));
+    let batcher = Batcher::new(Box::new(DeadCore), 8 << 20);
     let answer = tokio::time::timeout(Duration::from_secs(5), batcher.propose(command(1))).await;
     assert!(matches!(answer, Ok(Err(ProposeError::Unknown { .. }))));
 

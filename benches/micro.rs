@@ -1,0 +1,185 @@
+//! What single steps of the write path cost: merging, encoding, stamping, applying.
+//!
+//! `cargo bench --bench micro`; `cargo bench --bench micro -- apply` for a part. Whole servers:
+//! `scripts/bench`.
+
+#![allow(clippy::unwrap_used, reason = "a benchmark stops at the first surprise")]
+
+use std::hint::black_box;
+
+use bytes::Bytes;
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use tombolo_core::change::Change;
+use tombolo_core::command::{Operation, Write, decode_batch, encode_batch};
+use tombolo_core::record::{Delta, Sibling};
+use tombolo_core::{
+    Actor, Command, Content, Dot, HybridClock, HybridTime, NamespaceId, Record, RegionId,
+    RequestId, Rule, ShardId, VersionVector,
+};
+use tombolo_storage::{ApplyEntry, ApplyPayload, Position, Store, StoreConfig};
+
+/// Commands in a log entry, as many as a busy leader packs.
+const BATCH: u64 = 64;
+const VALUE_BYTES: usize = 256;
+const KEYS: u64 = 10_000;
+
+fn actor(region: u16) -> Actor {
+    Actor { region: RegionId(region), incarnation: 1 }
+}
+
+fn time(millis: u64) -> HybridTime {
+    HybridTime::new(millis, 0).unwrap()
+}
+
+fn key(number: u64) -> Bytes {
+    Bytes::from(format!("bench-{:010}", number % KEYS))
+}
+
+/// The write number `seq` of a region, which replaces what `supersedes` names.
+fn delta(region: u16, seq: u64, supersedes: Vec<Dot>) -> Delta {
+    let dot = Dot { actor: actor(region), seq };
+    let content = Content::value(vec![7; VALUE_BYTES]);
+    let sibling = Sibling { dot, time: time(seq * 10 + u64::from(region)), content };
+    Delta { key: key(0), sibling, supersedes }
+}
+
+/// A record that each of `regions` wrote last without knowing of the others.
+fn concurrent(regions: std::ops::Range<u16>, rule: Rule) -> Record {
+    let mut record = Record::default();
+    for region in regions {
+        record.apply(&delta(region, 1, Vec::new()), rule);
+    }
+    record
+}
+
+fn put(number: u64) -> Command {
+    let operation = Operation {
+        key: key(number * 7919),
+        content: Content::value(vec![7; VALUE_BYTES]),
+        context: None,
+    };
+    Command::Write(Write {
+        namespace: NamespaceId::DEFAULT,
+        rule: Rule::Lww,
+        actor: actor(1),
+        time: time(number),
+        request: Some(RequestId { client: 1 + number % 64, number }),
+        checks: Vec::new(),
+        operations: vec![operation],
+    })
+}
+
+fn puts(from: u64) -> Vec<Bytes> {
+    (from..from + BATCH).map(|number| put(number).to_bytes()).collect()
+}
+
+fn records(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("record");
+    for (name, rule) in [("lww", Rule::Lww), ("siblings", Rule::Siblings)] {
+        for regions in [2, 6] {
+            let (left, right) = (concurrent(1..regions, rule), concurrent(2..regions + 1, rule));
+            let id = BenchmarkId::new(format!("join/{name}"), regions);
+            group.bench_function(id, |bencher| {
+                bencher.iter(|| black_box(&left).join(black_box(&right), rule));
+            });
+        }
+        let held = concurrent(1..3, rule);
+        let overwrite = delta(1, 2, held.superseded_by(None));
+        group.bench_function(format!("apply/{name}"), |bencher| {
+            bencher.iter_batched(
+                || held.clone(),
+                |mut record| {
+                    record.apply(black_box(&overwrite), rule);
+                    record
+                },
+                BatchSize::SmallInput,
+            );
+        });
+    }
+    group.finish();
+}
+
+fn codecs(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("codec");
+    let depends_on: VersionVector = (1..4).map(|region| (actor(region), 1_000_000)).collect();
+    let change = Change {
+        actor: actor(1),
+        first_seq: 1_000_001,
+        depends_on,
+        deltas: vec![delta(1, 1_000_001, vec![Dot { actor: actor(2), seq: 5 }])],
+    };
+    let encoded = change.to_bytes();
+    group.throughput(Throughput::Bytes(encoded.len() as u64));
+    group.bench_function("change/encode", |bencher| bencher.iter(|| black_box(&change).to_bytes()));
+    group.bench_function("change/decode", |bencher| {
+        bencher.iter(|| Change::from_bytes(black_box(&encoded).clone()).unwrap());
+    });
+
+    let command = put(1);
+    group.throughput(Throughput::Bytes(command.to_bytes().len() as u64));
+    group.bench_function("command/encode", |bencher| {
+        bencher.iter(|| black_box(&command).to_bytes())
+    });
+
+    let commands = puts(0);
+    let batch = encode_batch(&commands);
+    group.throughput(Throughput::Elements(BATCH));
+    group.bench_function(BenchmarkId::new("batch/encode", BATCH), |bencher| {
+        bencher.iter(|| encode_batch(black_box(&commands)));
+    });
+    group.bench_function(BenchmarkId::new("batch/decode", BATCH), |bencher| {
+        bencher.iter(|| decode_batch(black_box(&batch).clone()).unwrap());
+    });
+
+    let record = concurrent(1..3, Rule::Siblings);
+    let stored = record.to_bytes();
+    group.throughput(Throughput::Bytes(stored.len() as u64));
+    group.bench_function("record/encode", |bencher| bencher.iter(|| black_box(&record).to_bytes()));
+    group.bench_function("record/decode", |bencher| {
+        bencher.iter(|| Record::from_bytes(black_box(&stored).clone()).unwrap());
+    });
+    group.finish();
+}
+
+fn clock(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("hlc");
+    let mut clock = HybridClock::default();
+    let mut wall = 1_700_000_000_000;
+    group.bench_function("tick", |bencher| {
+        bencher.iter(|| {
+            wall += 1;
+            clock.tick(black_box(wall))
+        });
+    });
+    group.bench_function("tick/wall clock stands still", |bencher| {
+        bencher.iter(|| clock.tick(black_box(1_700_000_000_000)));
+    });
+    group.bench_function("observe", |bencher| {
+        let remote = time(1_700_000_000_400);
+        bencher.iter(|| clock.observe(black_box(remote), 1_700_000_000_000, 500));
+    });
+    group.finish();
+}
+
+/// One log entry of puts on a real store: read what is there, decide, write one batch.
+fn apply(criterion: &mut Criterion) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), StoreConfig::default()).unwrap();
+    let shard = store.shard(ShardId(0)).unwrap();
+    let mut index = 0;
+    let mut entry = || {
+        index += 1;
+        let payload = ApplyPayload::Commands(encode_batch(&puts(index * BATCH)));
+        [ApplyEntry { position: Position { term: 1, node: 1, index }, payload }]
+    };
+
+    let mut group = criterion.benchmark_group("apply");
+    group.throughput(Throughput::Elements(BATCH));
+    group.bench_function(BenchmarkId::new("puts", BATCH), |bencher| {
+        bencher.iter_batched(&mut entry, |run| shard.apply(&run).unwrap(), BatchSize::SmallInput);
+    });
+    group.finish();
+}
+
+criterion_group!(benches, records, codecs, clock, apply);
+criterion_main!(benches);

@@ -1,0 +1,242 @@
+//! Whatever is sent, put on disk or configured: a specific error, and nothing else happens.
+
+use bytes::Bytes;
+use tombolo::node::Node;
+use tombolo_core::{
+    Actor, NamespaceId, RegionId, ShardId, VersionVector,
+    token::{ClusterTag, SessionToken, encode_context},
+};
+use tombolo_proto::{
+    internal::v1::{
+        self as internal, link_service_client::LinkServiceClient,
+        node_service_client::NodeServiceClient,
+    },
+    v1::{self as pb, kv_service_client::KvServiceClient},
+};
+use tombolo_service::reason::Reason;
+use tonic::{Code, Status, transport::Channel};
+
+use crate::support::{Cluster, free_address};
+
+async fn stub(cluster: &Cluster) -> KvServiceClient<Channel> {
+    let address = cluster.addresses("us").remove(0);
+    let client = KvServiceClient::connect(format!("http://{address}")).await.unwrap();
+    client.max_encoding_message_size(64 << 20)
+}
+
+fn put(key: impl Into<Bytes>, value: impl Into<Bytes>) -> pb::PutRequest {
+    let kind = Some(pb::value::Kind::Data(value.into()));
+    pb::PutRequest {
+        namespace: "default".to_owned(),
+        key: key.into(),
+        value: Some(pb::Value { kind }),
+        ..Default::default()
+    }
+}
+
+fn reason(status: &Status) -> Reason {
+    Reason::of(status).unwrap_or_else(|| panic!("no reason: {status:?}"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_bad_request_has_its_own_reason_and_changes_nothing() {
+    let cluster = Cluster::start(&[("us", 1)], 4).await;
+    let mut kv = stub(&cluster).await;
+    let vector: VersionVector =
+        [(Actor { region: RegionId(1), incarnation: 1 }, 3)].into_iter().collect();
+    let cluster_tag = ClusterTag::of("test");
+    let other_key = encode_context(cluster_tag, NamespaceId::DEFAULT, b"other", &vector);
+    let mut foreign = SessionToken::default();
+    foreign.observe(NamespaceId::DEFAULT, ShardId(0), &vector);
+    let foreign = foreign.encode(ClusterTag::of("another cluster"));
+    let ttl = prost_types::Duration { seconds: -1, nanos: 0 };
+    let cases: Vec<(pb::PutRequest, Reason)> = vec![
+        (put("", "v"), Reason::KeyEmpty),
+        (put(vec![b'k'; 4097], "v"), Reason::KeyTooLong),
+        (put("k", vec![0; (1 << 20) + 1]), Reason::ValueTooLarge),
+        (pb::PutRequest { value: None, ..put("k", "v") }, Reason::RequestInvalid),
+        (
+            pb::PutRequest { namespace: "nowhere".into(), ..put("k", "v") },
+            Reason::NamespaceNotFound,
+        ),
+        (pb::PutRequest { namespace: "No Name".into(), ..put("k", "v") }, Reason::NamespaceInvalid),
+        (pb::PutRequest { context: "noise".into(), ..put("k", "v") }, Reason::ContextInvalid),
+        (pb::PutRequest { context: other_key, ..put("k", "v") }, Reason::ContextInvalid),
+        (
+            pb::PutRequest { session_token: "noise".into(), ..put("k", "v") },
+            Reason::SessionTokenInvalid,
+        ),
+        (pb::PutRequest { session_token: foreign, ..put("k", "v") }, Reason::SessionTokenInvalid),
+        (
+            pb::PutRequest {
+                request_id: Some(pb::RequestId { client: 0, number: 1 }),
+                ..put("k", "v")
+            },
+            Reason::RequestIdInvalid,
+        ),
+        (
+            pb::PutRequest {
+                expiration: Some(pb::put_request::Expiration::Ttl(ttl)),
+                ..put("k", "v")
+            },
+            Reason::TtlInvalid,
+        ),
+        (pb::PutRequest { ack_regions: 1, ..put("k", "v") }, Reason::AckRegionsTooMany),
+        (
+            pb::PutRequest {
+                value: Some(pb::Value { kind: Some(pb::value::Kind::Counter(1)) }),
+                ..put("k", "v")
+            },
+            Reason::NotImplemented,
+        ),
+    ];
+    for (request, expected) in cases {
+        let refused = kv.put(request).await.unwrap_err();
+        assert_eq!(reason(&refused), expected, "{refused:?}");
+        assert!(!refused.message().is_empty());
+    }
+    let scan = pb::ScanRequest {
+        namespace: "default".into(),
+        page_token: "noise".into(),
+        ..Default::default()
+    };
+    let refused = kv.scan(scan).await.unwrap_err();
+    assert_eq!(reason(&refused), Reason::PageTokenInvalid);
+    let everything = pb::ScanRequest { namespace: "default".into(), ..Default::default() };
+    let mut pages = kv.scan(everything).await.unwrap().into_inner();
+    let page = pages.message().await.unwrap().unwrap();
+    assert!(page.results.is_empty(), "nothing was written");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_across_shards_names_the_two_keys() {
+    let cluster = Cluster::start(&[("us", 1)], 64).await;
+    let mut kv = stub(&cluster).await;
+    let remove = |key: &'static str| pb::Write {
+        key: key.into(),
+        action: Some(pb::write::Action::Delete(pb::Remove {})),
+        ..Default::default()
+    };
+    let writes = vec![remove("{a}1"), remove("{a}2"), remove("{b}1")];
+    let namespace = "default".to_owned();
+    let request = pb::CommitRequest { namespace: namespace.clone(), writes, ..Default::default() };
+    let refused = kv.commit(request).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    assert_eq!(reason(&refused), Reason::CrossShardBatch);
+    assert!(refused.message().contains("{a}1") && refused.message().contains("{b}1"), "{refused}");
+
+    let many = vec![remove("k"); 129];
+    let request = pb::CommitRequest { namespace, writes: many, ..Default::default() };
+    assert_eq!(reason(&kv.commit(request).await.unwrap_err()), Reason::BatchTooLarge);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_over_the_limit_is_refused_and_the_connection_lives_on() {
+    let cluster = Cluster::start(&[("us", 1)], 1).await;
+    let mut kv = stub(&cluster).await;
+    let refused = kv.put(put("k", vec![0; 5 << 20])).await.unwrap_err();
+    assert_eq!(refused.code(), Code::OutOfRange, "{refused:?}");
+    kv.put(put("k", "v")).await.unwrap();
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn strangers_on_the_link_and_raft_ports_are_told_what_differs() {
+    let cluster = Cluster::start(&[("us", 1), ("eu", 1)], 2).await;
+    let listen = cluster.members[0].config.listen.clone();
+    let identity = internal::LinkIdentity {
+        cluster_id: "another".into(),
+        from_region: "eu".into(),
+        to_region: "us".into(),
+        from_region_number: 2,
+        shard_count: 2,
+        protocol: 1,
+    };
+    let mut link = LinkServiceClient::connect(format!("http://{}", listen.link)).await.unwrap();
+    let wrong = [
+        (identity.clone(), "cluster_id"),
+        (
+            internal::LinkIdentity {
+                cluster_id: "test".into(),
+                to_region: "ap".into(),
+                ..identity.clone()
+            },
+            "region",
+        ),
+        (
+            internal::LinkIdentity {
+                cluster_id: "test".into(),
+                shard_count: 5,
+                ..identity.clone()
+            },
+            "shards",
+        ),
+        (
+            internal::LinkIdentity {
+                cluster_id: "test".into(),
+                from_region: "xx".into(),
+                ..identity.clone()
+            },
+            "[[regions]]",
+        ),
+        (
+            internal::LinkIdentity { cluster_id: "test".into(), protocol: 99, ..identity },
+            "protocol",
+        ),
+    ];
+    for (identity, named) in wrong {
+        let open = internal::Open { identity: Some(identity), shard: 0 };
+        let open = internal::PullRequest { body: Some(internal::pull_request::Body::Open(open)) };
+        let refused = link.pull(tokio_stream::iter([open])).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition);
+        assert!(refused.message().contains(named), "{refused:?}");
+    }
+    let mut node = NodeServiceClient::connect(format!("http://{}", listen.raft)).await.unwrap();
+    let stranger = internal::Identity { cluster_id: "another".into(), ..Default::default() };
+    let request = internal::ReadIndexRequest { identity: Some(stranger), group: 0 };
+    let refused = node.read_index(request).await.unwrap_err();
+    assert_eq!(reason(&refused), Reason::ClusterMismatch);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_refuses_to_start_where_it_must_not() {
+    let mut cluster = Cluster::start(&[("us", 1)], 2).await;
+    let config = cluster.members[0].config.clone();
+    let start =
+        async |config: &tombolo::config::Config| match Node::start(config, Box::new(|_| Ok(())))
+            .await
+        {
+            Ok(_) => panic!("it started"),
+            Err(error) => format!("{error:#}"),
+        };
+
+    let in_use = start(&config).await;
+    assert!(in_use.contains(&config.listen.client) && in_use.contains("listen.client"), "{in_use}");
+
+    let mut elsewhere = config.clone();
+    elsewhere.listen.client = free_address();
+    elsewhere.listen.raft = free_address();
+    elsewhere.listen.link = free_address();
+    elsewhere.listen.http = free_address();
+    let locked = start(&elsewhere).await;
+    assert!(locked.contains("raft"), "{locked}");
+
+    cluster.members[0].stop().await;
+    let mut other = elsewhere.clone();
+    other.cluster_id = "another".to_owned();
+    let foreign = start(&other).await;
+    assert!(foreign.contains("`test`") && foreign.contains("`another`"), "{foreign}");
+    let mut other = elsewhere.clone();
+    other.node_id = 7;
+    assert!(start(&other).await.contains("belongs to node `1`"));
+    let mut other = elsewhere.clone();
+    other.shards = 3;
+    assert!(start(&other).await.contains("created with 2 shards"));
+    let mut other = elsewhere;
+    other.region = "eu".to_owned();
+    assert!(start(&other).await.contains("belongs to region `us`"));
+    cluster.stop().await;
+}

@@ -1,0 +1,153 @@
+//! What one region promises: linearizable writes and reads, checks, repeats, scans.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use tombolo_client::{Client, ClientConfig, Consistency, Error};
+
+use crate::support::{Cluster, PATIENCE, wait_until};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn any_node_reads_what_any_other_has_acknowledged() {
+    let cluster = Cluster::start(&[("us", 3)], 4).await;
+    let writer = cluster.client("us").await.namespace("default");
+    for address in cluster.addresses("us") {
+        let config = ClientConfig { endpoints: vec![address], ..ClientConfig::default() };
+        let reader = Client::connect(config).await.unwrap().namespace("default");
+        for number in 0..20 {
+            let (key, value) = (format!("key-{number}"), format!("{number}"));
+            writer.put(key.clone(), value.clone()).await.unwrap();
+            let got = reader.get(key).consistency(Consistency::Linearizable).await.unwrap();
+            assert_eq!(got.value().map(|data| data.to_vec()), Some(value.into_bytes()));
+        }
+    }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repeated_request_is_applied_once() {
+    let cluster = Cluster::start(&[("us", 1)], 1).await;
+    let client = cluster.client("us").await;
+    let keys = client.namespace("default");
+    let id = client.next_request_id();
+
+    let first = keys.put("k", "1").request_id(id).await.unwrap();
+    keys.put("k", "2").await.unwrap();
+    let again = keys.put("k", "1").request_id(id).await.unwrap();
+
+    assert_eq!(again.dot, first.dot);
+    assert_eq!(keys.get("k").await.unwrap().value().unwrap().as_ref(), b"2");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commit_is_all_or_nothing_and_answers_what_is_there() {
+    let cluster = Cluster::start(&[("us", 1)], 8).await;
+    let keys = cluster.client("us").await.namespace("default");
+    let held = keys.put("{cart}a", "1").await.unwrap();
+
+    let refused = keys
+        .commit()
+        .check_absent("{cart}a")
+        .put("{cart}a", "2")
+        .put("{cart}b", "2")
+        .await
+        .unwrap();
+    assert!(!refused.committed);
+    assert_eq!(refused.failed[0].versions[0].dot, held.dot);
+    assert!(keys.get("{cart}b").await.unwrap().value().is_none());
+
+    let done = keys
+        .commit()
+        .check_dot("{cart}a", held.dot)
+        .check_absent("{cart}b")
+        .delete("{cart}a")
+        .put("{cart}b", "2")
+        .await
+        .unwrap();
+    assert!(done.committed);
+    assert!(keys.get("{cart}a").await.unwrap().value().is_none());
+    assert_eq!(keys.get("{cart}b").await.unwrap().value().unwrap().as_ref(), b"2");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn scan_lists_live_keys_of_all_shards_in_order_both_ways() {
+    let cluster = Cluster::start(&[("us", 1)], 5).await;
+    let keys = cluster.client("us").await.namespace("default");
+    let mut expected = BTreeMap::new();
+    for number in 0..600 {
+        let key = format!("k{number:04}");
+        keys.put(key.clone(), number.to_string()).await.unwrap();
+        expected.insert(key.into_bytes(), number.to_string().into_bytes());
+    }
+    for number in (0..600).step_by(3) {
+        let key = format!("k{number:04}");
+        keys.delete(key.clone()).await.unwrap();
+        expected.remove(key.as_bytes());
+    }
+    let listed = |entries: Vec<tombolo_client::Entry>| -> Vec<(Vec<u8>, Vec<u8>)> {
+        entries
+            .into_iter()
+            .map(|entry| (entry.key.to_vec(), entry.value().unwrap().to_vec()))
+            .collect()
+    };
+    let forward = listed(keys.scan().collect().await.unwrap());
+    assert_eq!(forward, expected.clone().into_iter().collect::<Vec<_>>());
+    let backward = listed(keys.scan().reverse().collect().await.unwrap());
+    assert_eq!(backward, expected.clone().into_iter().rev().collect::<Vec<_>>());
+    let part = listed(keys.scan().prefix("k01").limit(7).collect().await.unwrap());
+    let in_part = expected.into_iter().filter(|(key, _)| key.starts_with(b"k01")).take(7);
+    assert_eq!(part, in_part.collect::<Vec<_>>());
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_expired_value_is_hidden_and_counts_as_absent() {
+    let cluster = Cluster::start(&[("us", 1)], 1).await;
+    let keys = cluster.client("us").await.namespace("default");
+    keys.put("k", "v").ttl(Duration::from_millis(300)).await.unwrap();
+    wait_until("the value expires", async || keys.get("k").await.unwrap().value().is_none()).await;
+    assert!(keys.scan().collect().await.unwrap().is_empty());
+    assert!(keys.commit().check_absent("k").put("k", "w").await.unwrap().committed);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_leader_hands_over_and_everything_is_there_after_a_restart() {
+    let mut cluster = Cluster::start(&[("us", 3)], 2).await;
+    let client = cluster.client("us").await;
+    let keys = client.namespace("default");
+    for number in 0..50 {
+        keys.put(format!("k{number}"), number.to_string()).await.unwrap();
+    }
+    for place in 0..3 {
+        cluster.members[place].stop().await;
+        keys.put(format!("while-{place}-is-away"), "1").await.unwrap();
+        cluster.members[place].start().await;
+        cluster.wait_ready().await;
+    }
+    let all = keys.scan().collect().await.unwrap();
+    assert_eq!(all.len(), 53);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_majority_writes_fail_and_say_so() {
+    let mut cluster = Cluster::start(&[("us", 3)], 1).await;
+    let client = cluster.client("us").await;
+    let keys = client.namespace("default");
+    keys.put("k", "1").await.unwrap();
+    cluster.members[0].stop().await;
+    cluster.members[1].stop().await;
+
+    let refused = keys.put("k", "2").deadline(Duration::from_secs(2)).await.unwrap_err();
+    assert!(matches!(refused, Error::Unavailable { .. } | Error::Deadline { .. }), "{refused:?}");
+
+    cluster.members[0].start().await;
+    wait_until("writes go on", async || {
+        keys.put("k", "3").deadline(Duration::from_secs(5)).await.is_ok()
+    })
+    .await;
+    assert_eq!(keys.get("k").deadline(PATIENCE).await.unwrap().value().unwrap().as_ref(), b"3");
+    cluster.stop().await;
+}

@@ -1,0 +1,8 @@
+//! Clusters inside the test process: real nodes, real disks, real sockets on loopback.
+//!
+//! What needs whole processes (kill -9, partitions, the tour) is in `tests/tour.rs`.
+
+mod bad_input;
+mod data;
+mod regions;
+mod support;

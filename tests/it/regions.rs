@@ -1,0 +1,130 @@
+//! What several regions promise: both write, all converge, a token is honoured.
+
+use std::time::Duration;
+
+use tombolo_client::proto;
+use tombolo_client::{Consistency, Error};
+
+use crate::support::{Cluster, wait_until};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_region_writes_and_all_converge() {
+    let cluster = Cluster::start(&[("us", 1), ("eu", 1), ("ap", 1)], 3).await;
+    let us = cluster.client("us").await.namespace("default");
+    let eu = cluster.client("eu").await.namespace("default");
+    let ap = cluster.client("ap").await.namespace("default");
+    for number in 0..40 {
+        us.put(format!("u{number}"), "us").await.unwrap();
+        eu.put(format!("e{number}"), "eu").await.unwrap();
+        ap.put(format!("shared{}", number % 5), "ap").await.unwrap();
+        us.put(format!("shared{}", number % 5), "us").await.unwrap();
+    }
+    wait_until("three regions hold the same 85 keys", async || {
+        let mut seen = Vec::new();
+        for keys in [&us, &eu, &ap] {
+            let entries = keys.scan().collect().await.unwrap();
+            let versions: Vec<_> =
+                entries.iter().map(|entry| (entry.key.clone(), entry.versions.clone())).collect();
+            seen.push(versions);
+        }
+        seen[0].len() == 85 && seen[0] == seen[1] && seen[1] == seen[2]
+    })
+    .await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_makes_the_first_read_in_another_region_see_the_write() {
+    let cluster = Cluster::start(&[("us", 1), ("eu", 1)], 2).await;
+    let us = cluster.client("us").await;
+    let session = us.session();
+    let eu = cluster.client("eu").await.namespace("default").with_session(&session);
+    let us = us.namespace("default").with_session(&session);
+    for number in 0..30 {
+        us.put("k", number.to_string()).await.unwrap();
+        let got = eu.get("k").consistency(Consistency::Causal).await.unwrap();
+        assert_eq!(got.value().unwrap().as_ref(), number.to_string().as_bytes());
+    }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn siblings_of_two_regions_are_kept_and_a_context_resolves_them() {
+    let mut cluster = Cluster::start(&[("us", 1), ("eu", 1)], 1).await;
+    let client = cluster.client("us").await;
+    client.admin().create_namespace("carts", proto::Rule::Siblings).await.unwrap();
+    let us = client.namespace("carts");
+    let eu_client = cluster.client("eu").await;
+    let eu = eu_client.namespace("carts");
+    wait_until("eu knows the namespace", async || eu.get("k").await.is_ok()).await;
+
+    // Each region writes while the other is away.
+    cluster.members[1].stop().await;
+    us.put("k", "from us").await.unwrap();
+    cluster.members[0].stop().await;
+    cluster.members[1].start().await;
+    wait_until("eu takes writes alone", async || {
+        eu.put("k", "from eu").deadline(Duration::from_secs(2)).await.is_ok()
+    })
+    .await;
+    cluster.members[0].start().await;
+
+    wait_until("both regions show both values", async || {
+        let (there, here) = (eu.get("k").await, us.get("k").await);
+        let count =
+            |got: Result<tombolo_client::Got, Error>| got.map_or(0, |got| got.versions.len());
+        count(there) == 2 && count(here) == 2
+    })
+    .await;
+    let seen = eu.get("k").await.unwrap();
+    eu.put("k", "both").context(seen.context).await.unwrap();
+    wait_until("us shows one value", async || us.get("k").await.unwrap().versions.len() == 1).await;
+    assert_eq!(us.get("k").await.unwrap().value().unwrap().as_ref(), b"both");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ack_regions_waits_for_the_other_region_or_answers_with_the_dot() {
+    let mut cluster = Cluster::start(&[("us", 1), ("eu", 1)], 1).await;
+    let us = cluster.client("us").await.namespace("default");
+    us.put("k", "1").ack_regions(1).await.unwrap();
+    let eu = cluster.client("eu").await.namespace("default");
+    let there = eu.get("k").consistency(Consistency::Local).await.unwrap();
+    assert_eq!(there.value().unwrap().as_ref(), b"1");
+
+    cluster.members[1].stop().await;
+    let pending =
+        us.put("k", "2").ack_regions(1).deadline(Duration::from_secs(2)).await.unwrap_err();
+    assert_eq!(pending.reason(), Some("ACK_REGIONS_PENDING"), "{pending:?}");
+    assert!(pending.detail().unwrap().metadata.contains_key("dot"));
+    assert_eq!(us.get("k").await.unwrap().value().unwrap().as_ref(), b"2");
+    let too_many = us.put("k", "3").ack_regions(2).await.unwrap_err();
+    assert_eq!(too_many.reason(), Some("ACK_REGIONS_TOO_MANY"));
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn namespaces_are_created_from_any_region_and_deleted_everywhere() {
+    let cluster = Cluster::start(&[("us", 1), ("eu", 1)], 4).await;
+    let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
+    let created = eu.admin().create_namespace("orders", proto::Rule::Lww).await.unwrap();
+    eu.namespace("orders").put("k", "1").await.unwrap();
+    let again = us.admin().create_namespace("orders", proto::Rule::Lww).await.unwrap_err();
+    assert_eq!(again.reason(), Some("NAMESPACE_EXISTS"));
+    let listed = us.admin().list_namespaces().await.unwrap();
+    let names: Vec<_> = listed.iter().map(|held| held.name.as_str()).collect();
+    assert_eq!(names, ["default", "orders"]);
+    let keys = us.namespace("orders");
+    wait_until("the write arrives in us", async || {
+        keys.get("k").await.is_ok_and(|got| got.value().is_some())
+    })
+    .await;
+
+    us.admin().delete_namespace("orders", None).await.unwrap();
+    let gone = us.namespace("orders").get("k").await.unwrap_err();
+    assert_eq!(gone.reason(), Some("NAMESPACE_NOT_FOUND"));
+    let anew = us.admin().create_namespace("orders", proto::Rule::Lww).await.unwrap();
+    assert!(created.id < anew.id, "numbers are never reused");
+    assert!(us.namespace("orders").get("k").await.unwrap().value().is_none());
+    cluster.stop().await;
+}

@@ -1,0 +1,159 @@
+//! Starts and stops clusters for tests.
+
+use std::{collections::BTreeSet, net::TcpListener, sync::Mutex, time::Duration};
+
+use tempfile::TempDir;
+use tokio::time::Instant;
+use tombolo::{
+    config::{Config, FlagValue},
+    node::Node,
+};
+use tombolo_client::{Client, ClientConfig};
+
+/// How long anything may take. Far more than it does: a loaded machine must not fail a test.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Addresses that were handed out by this process, so that tests do not collide.
+static TAKEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+
+/// A loopback address with a port that is free now.
+pub(crate) fn free_address() -> String {
+    loop {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        if TAKEN.lock().expect("no test panicked here").insert(address.port()) {
+            return address.to_string();
+        }
+    }
+}
+
+/// One node of a test cluster.
+pub(crate) struct Member {
+    pub(crate) config: Config,
+    pub(crate) node: Option<Node>,
+}
+
+impl Member {
+    pub(crate) async fn start(&mut self) {
+        let node = Node::start(&self.config, Box::new(|_| Ok(()))).await;
+        self.node = Some(node.expect("the node starts"));
+    }
+
+    pub(crate) async fn stop(&mut self) {
+        if let Some(node) = self.node.take() {
+            node.stop(&self.config).await;
+        }
+    }
+}
+
+/// A cluster of several regions in this process.
+pub(crate) struct Cluster {
+    pub(crate) members: Vec<Member>,
+    _data: TempDir,
+}
+
+/// Addresses of one node: client, raft, link, http.
+type Addresses = [String; 4];
+
+impl Cluster {
+    /// Starts `regions` with so many nodes each, and waits until all are ready.
+    pub(crate) async fn start(regions: &[(&str, usize)], shards: u16) -> Self {
+        let data = TempDir::new().expect("a directory");
+        let addresses: Vec<Vec<Addresses>> = regions
+            .iter()
+            .map(|&(_, nodes)| (0..nodes).map(|_| [(); 4].map(|()| free_address())).collect())
+            .collect();
+        let mut members = Vec::new();
+        for (place, (region, _)) in regions.iter().enumerate() {
+            for number in 0..addresses[place].len() {
+                let text = config_text(regions, &addresses, place, number, shards);
+                let dir = data.path().join(format!("{region}-{}", number + 1));
+                let file = data.path().join(format!("{region}-{}.toml", number + 1));
+                std::fs::write(&file, text).expect("written");
+                let value = dir.display().to_string();
+                let flags = [FlagValue { flag: "--data-dir", key: "data_dir", value }];
+                let loaded = Config::load(Some(&file), std::iter::empty(), &[], &flags);
+                let config = loaded.expect("a valid configuration").config;
+                members.push(Member { config, node: None });
+            }
+        }
+        let mut cluster = Self { members, _data: data };
+        for member in &mut cluster.members {
+            member.start().await;
+        }
+        cluster.wait_ready().await;
+        cluster
+    }
+
+    pub(crate) async fn wait_ready(&self) {
+        let ready =
+            || self.members.iter().filter_map(|held| held.node.as_ref()).all(Node::is_ready);
+        wait_until("all nodes are ready", async || ready()).await;
+    }
+
+    /// A client of one region, through all of its nodes.
+    pub(crate) async fn client(&self, region: &str) -> Client {
+        let endpoints = self.addresses(region);
+        let config = ClientConfig { endpoints, deadline: PATIENCE, ..ClientConfig::default() };
+        Client::connect(config).await.expect("the region answers")
+    }
+
+    /// The client addresses of a region's running nodes.
+    pub(crate) fn addresses(&self, region: &str) -> Vec<String> {
+        self.members
+            .iter()
+            .filter(|member| member.config.region == region && member.node.is_some())
+            .map(|member| member.config.listen.client.clone())
+            .collect()
+    }
+
+    pub(crate) async fn stop(mut self) {
+        for member in &mut self.members {
+            member.stop().await;
+        }
+    }
+}
+
+fn config_text(
+    regions: &[(&str, usize)],
+    addresses: &[Vec<Addresses>],
+    place: usize,
+    number: usize,
+    shards: u16,
+) -> String {
+    let [client, raft, link, http] = &addresses[place][number];
+    let mut text = format!(
+        "cluster_id = \"test\"\nregion = \"{}\"\nnode_id = {}\ndata_dir = \"unused\"\nshards = {shards}\n\
+         [listen]\nclient = \"{client}\"\nraft = \"{raft}\"\nlink = \"{link}\"\nhttp = \"{http}\"\n\
+         [raft_log]\nsegment_bytes = 18874368\n[drain]\ntimeout = \"2s\"\n\
+         [replication]\nretry_max = \"500ms\"\n",
+        regions[place].0,
+        number + 1,
+    );
+    for (id, [client, raft, link, http]) in addresses[place].iter().enumerate() {
+        text += &format!(
+            "[[nodes]]\nid = {}\nclient = \"{client}\"\nraft = \"{raft}\"\nlink = \"{link}\"\nhttp = \"{http}\"\n",
+            id + 1
+        );
+    }
+    for (number, (name, _)) in regions.iter().enumerate() {
+        let links: Vec<String> =
+            addresses[number].iter().map(|[_, _, link, _]| format!("\"{link}\"")).collect();
+        text += &format!(
+            "[[regions]]\nname = \"{name}\"\nnumber = {}\nlink = [{}]\n",
+            number + 1,
+            links.join(", ")
+        );
+    }
+    text
+}
+
+/// Waits for a condition, and fails with its name if it does not come.
+pub(crate) async fn wait_until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    let mut ticks = tokio::time::interval(Duration::from_millis(20));
+    while !holds().await {
+        assert!(Instant::now() < deadline, "in vain: {what}");
+        ticks.tick().await;
+    }
+}
