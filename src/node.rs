@@ -429,19 +429,17 @@ impl Node {
         self.stop_streams.cancel();
         self.stop_ports.cancel();
         self.tasks.close();
+        // Ends the peers' append streams too, which would keep the raft port open.
+        if tokio::time::timeout(CLOSE_TIMEOUT, self.consensus.shutdown()).await.is_err() {
+            tracing::warn!("the Raft groups did not stop in time");
+        }
         if tokio::time::timeout(config.drain.timeout, self.tasks.wait()).await.is_err() {
             tracing::warn!("some streams did not end in time");
         }
-        let close = async {
-            self.consensus.shutdown().await;
-            let log = self.log;
-            let closed = tokio::task::spawn_blocking(move || log.close()).await;
-            if let Err(error) = closed {
-                tracing::warn!(%error, "closing the log failed; it recovers at the next start");
-            }
-        };
-        if tokio::time::timeout(CLOSE_TIMEOUT, close).await.is_err() {
-            tracing::warn!("closing took too long; the log replays what is missing");
+        let log = self.log;
+        let closed = tokio::task::spawn_blocking(move || log.close());
+        if tokio::time::timeout(CLOSE_TIMEOUT, closed).await.is_err() {
+            tracing::warn!("closing the log took too long; it recovers at the next start");
         }
     }
 }

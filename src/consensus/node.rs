@@ -149,13 +149,14 @@ impl Consensus {
 
         let members: BTreeMap<_, _> =
             groups.iter().map(|group| (u64::from(group.shard().0), group.member())).collect();
+        let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let server = Arc::new(Server {
+            stop: stop.clone(),
             identities,
             faults: faults.clone(),
             groups: Arc::new(RwLock::new(members)),
             receiver: Arc::new(Receiver::new(store.clone(), CHUNK_PATIENCE)),
         });
-        let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
         let purge = PurgeDriver::new(&config, store.clone(), groups.clone());
         tasks.spawn(purge.run(stop.clone(), failures.clone()));
         let bootstrap = bootstrap::run(config, groups.clone(), transport, failures.clone());

@@ -183,8 +183,8 @@ reasons! {
     NoQuorum "NO_QUORUM" Unavailable SameRequestId 500
         "The leader could not reach a majority of the region's nodes in time."
         "Repeat after the time in RetryInfo; if it lasts, look for stopped nodes in this region."
-    SessionNotCaughtUp "SESSION_NOT_CAUGHT_UP" Aborted Anywhere 200
-        "This region has not yet received what the session has seen elsewhere."
+    SessionNotCaughtUp "SESSION_NOT_CAUGHT_UP" Aborted Never 0
+        "This region did not receive what the session has seen elsewhere before the deadline."
         "Repeat later, use the region the session used before, or drop the session token."
     ContextAhead "CONTEXT_AHEAD" Unavailable Anywhere 200
         "The write's context has seen versions that this region has not received yet."

@@ -1,7 +1,12 @@
 //! What the tests of this crate share: random histories with their outcome in memory, and ways
 //! to look at a store and to crash it.
 
-use std::{collections::BTreeMap, fs, io::ErrorKind, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
 
 use bytes::Bytes;
 use proptest::prelude::*;
@@ -46,29 +51,51 @@ pub(crate) fn cases(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
-/// The directory as a crash now would leave it: without what is in memory.
+/// The directory as a crash now would leave it: without what is in memory. Files come and go in
+/// the background, so a copy during which that happened is no moment's image and is made again.
 pub(crate) fn crashed(store: &Store) -> TempDir {
-    let copy = tempfile::tempdir().unwrap();
-    copy_dir(store.dir(), copy.path());
-    copy
+    loop {
+        let before = listing(store.dir());
+        let copy = tempfile::tempdir().unwrap();
+        let copied = copy_dir(store.dir(), copy.path());
+        if copied && before == listing(store.dir()) {
+            return copy;
+        }
+    }
 }
 
-fn copy_dir(from: &Path, to: &Path) {
+/// All files of a directory with their sizes, but for the log that RocksDB writes for people.
+fn listing(dir: &Path) -> BTreeMap<PathBuf, u64> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            files.extend(listing(&path));
+        } else if !path.ends_with("LOG") {
+            files.insert(path.clone(), fs::metadata(&path).map_or(0, |file| file.len()));
+        }
+    }
+    files
+}
+
+/// Copies a directory; answers whether every file was still there when its turn came.
+fn copy_dir(from: &Path, to: &Path) -> bool {
     fs::create_dir_all(to).unwrap();
+    let mut complete = true;
     for entry in fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
         let target = to.join(path.file_name().unwrap());
         if path.is_dir() {
-            copy_dir(&path, &target);
+            complete &= copy_dir(&path, &target);
         } else if !path.ends_with("LOCK") {
             match fs::copy(&path, &target) {
                 Ok(_) => {}
-                // No longer in use, and dropped in the background.
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => complete = false,
                 Err(error) => panic!("{error}"),
             }
         }
     }
+    complete
 }
 
 pub(crate) fn rule(namespace: NamespaceId) -> Rule {

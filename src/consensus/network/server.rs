@@ -10,6 +10,7 @@ use openraft::raft::{
     TransferLeaderError, TransferLeaderRequest, VoteRequest, VoteResponse,
 };
 use parking_lot::RwLock;
+use tokio_util::sync::CancellationToken;
 use tombolo_core::ShardId;
 use tombolo_proto::internal::v1 as pb;
 use tombolo_proto::internal::v1::raft_service_server::RaftService;
@@ -32,6 +33,8 @@ pub struct Server {
     pub(crate) faults: Arc<Faults>,
     pub(crate) groups: Groups,
     pub(crate) receiver: Arc<Receiver>,
+    /// Ends the append streams, which their senders keep open for as long as they lead.
+    pub(crate) stop: CancellationToken,
 }
 
 impl Server {
@@ -124,7 +127,7 @@ impl RaftService for Server {
             }
             answer.map(append_response).map_err(|fatal| fatal_status(&fatal))
         });
-        Ok(Response::new(answers.boxed()))
+        Ok(Response::new(answers.take_until(self.stop.clone().cancelled_owned()).boxed()))
     }
 
     async fn heartbeat(

@@ -112,15 +112,22 @@ pub(crate) fn watermark(dir: &Path) -> Vec<u8> {
     fs::read(dir.join("watermark")).unwrap()
 }
 
-/// A copy of the directory, as a crash right now would leave it.
+/// A copy of the directory, as a crash right now would leave it. Files come and go in the
+/// background, so a copy during which that happened is no moment's image and is made again.
 pub(crate) fn image(dir: &Path, watermark: Option<&[u8]>) -> TempDir {
-    let copy = tempfile::tempdir().unwrap();
-    for path in segments(dir) {
-        fs::copy(&path, copy.path().join(path.file_name().unwrap())).unwrap();
+    loop {
+        let before = (segments(dir), self::watermark(dir));
+        let copy = tempfile::tempdir().unwrap();
+        let copied = before
+            .0
+            .iter()
+            .all(|path| fs::copy(path, copy.path().join(path.file_name().unwrap())).is_ok());
+        let mark = watermark.unwrap_or(&before.1);
+        fs::write(copy.path().join("watermark"), mark).unwrap();
+        if copied && before == (segments(dir), self::watermark(dir)) {
+            return copy;
+        }
     }
-    let mark = watermark.map_or_else(|| self::watermark(dir), <[u8]>::to_vec);
-    fs::write(copy.path().join("watermark"), mark).unwrap();
-    copy
 }
 
 /// Offsets and lengths of the batches of a segment, by following their headers.
