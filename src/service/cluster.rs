@@ -58,8 +58,7 @@ impl ClusterApi {
         }
         let answer = async {
             let channel = self.gateway.channels().get(&node.client)?;
-            let request = Request::new(pb::GetClusterRequest {});
-            Ok::<_, Status>(ClusterServiceClient::new(channel).get_cluster(request).await?)
+            ClusterServiceClient::new(channel).get_cluster(pb::GetClusterRequest {}).await
         };
         let answered = tokio::time::timeout(PROBE_TIMEOUT, answer).await;
         described.last_seen_seconds = self.last_seen_seconds(node.id.0);

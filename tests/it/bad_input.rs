@@ -20,7 +20,8 @@ use crate::support::{Cluster, free_address};
 
 async fn stub(cluster: &Cluster) -> KvServiceClient<Channel> {
     let address = cluster.addresses("us").remove(0);
-    let client = KvServiceClient::connect(format!("http://{address}")).await.unwrap();
+    let client = KvServiceClient::connect(format!("http://{address}")).await;
+    let client = client.expect("the node listens");
     client.max_encoding_message_size(64 << 20)
 }
 
