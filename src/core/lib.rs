@@ -6,7 +6,7 @@
 //! clock, no randomness, no hash-map order, no floats; `.clippy.toml` of this folder bans them.
 //!
 //! Reading order: [`id`], [`vector`], [`record`] (the merge), [`change`] (what travels),
-//! [`command`] and [`execute`] (the state machine), [`token`] (what clients carry).
+//! [`command`] and [`mod@execute`] (the state machine), [`token`] (what clients carry).
 //!
 //! Not here: storage, consensus, networks, and every decision about *when* to do something.
 

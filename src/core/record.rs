@@ -9,7 +9,7 @@
 //! * The context covers the dot of every sibling.
 //! * Under `lww` there is exactly one sibling, a value or a tombstone, and it is the one with the
 //!   highest (time, dot) of all events that the context covers: writers stamp later than what
-//!   they replace, so that time extends the causal order ([`crate::execute`] sees to it).
+//!   they replace, so that time extends the causal order ([`crate::execute()`] sees to it).
 //! * Under `siblings` every sibling is a value; a record without siblings is a tombstone.
 //!
 //! Source: Preguiça et al., "Dotted Version Vectors" (2010), arXiv:1011.5808.

@@ -261,6 +261,11 @@ impl Layout {
                 .collect(),
             regions: regions.collect(),
             catalog: Catalog { home: self.shape.regions.first().map_or("", String::as_str) },
+            raft: Raft {
+                heartbeat_interval: "300ms",
+                election_timeout_min: "1s",
+                election_timeout_max: "1500ms",
+            },
             raft_log: RaftLog {
                 segment_bytes: 18 << 20,
                 cache_bytes: 16 << 20,
@@ -407,6 +412,7 @@ struct NodeConfig<'a> {
     nodes: Vec<NodeEntry>,
     regions: Vec<RegionEntry<'a>>,
     catalog: Catalog<'a>,
+    raft: Raft,
     raft_log: RaftLog,
     storage: Storage,
     replication: Replication,
@@ -441,6 +447,14 @@ struct RegionEntry<'a> {
 #[derive(Serialize)]
 struct Catalog<'a> {
     home: &'a str,
+}
+
+/// Slower than the default: nine nodes on two cores have neither time to spare nor a network.
+#[derive(Serialize)]
+struct Raft {
+    heartbeat_interval: &'static str,
+    election_timeout_min: &'static str,
+    election_timeout_max: &'static str,
 }
 
 /// Small, because many nodes share one machine.

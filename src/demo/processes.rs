@@ -352,6 +352,8 @@ impl Keeper {
         let child = match open_log(&self.launch.log) {
             Ok((out, err)) => {
                 let mut command = Command::new(&self.launch.program);
+                // Many nodes share this machine: one worker thread each wakes up less.
+                command.env("TOKIO_WORKER_THREADS", "1");
                 command.args(&self.launch.arguments).stdin(Stdio::null()).stdout(out).stderr(err);
                 self.spawner.spawn(command).await
             }

@@ -2,7 +2,7 @@
 //!
 //! Handlers decode, check, delegate and encode. What a request means is decided in `core` and
 //! `shard`; which node answers is decided by [`Gateway`]; how a refusal looks on the wire is
-//! decided in [`reason`] and [`status`], and nowhere else.
+//! decided in [`reason`] and in `status`, and nowhere else.
 //!
 //! Invariants:
 //! * Protobuf types stop here.
