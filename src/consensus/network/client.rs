@@ -1,7 +1,8 @@
 //! The calling side: openraft's network on gRPC.
 //!
 //! Entries go over one bidirectional stream per follower and group ([`super::append`]).
-//! Heartbeats are single calls on the control connection; votes, pre-votes and transfers too.
+//! Heartbeats of all groups share one stream per peer ([`super::pulse`]). Votes, pre-votes and
+//! transfers are single calls on the control connection.
 //!
 //! Errors: what a wait may heal is `Unreachable`, which makes openraft back off; only a stream
 //! that worked and then broke is `NetworkError`, which it retries at once.
@@ -31,6 +32,7 @@ use tonic::{Code, Status};
 use crate::network::append::{Stage, append_result, append_to_wire};
 use crate::network::faults::Faults;
 use crate::network::identity::Identities;
+use crate::network::pulse::Pulse;
 use crate::snapshot::SnapshotData;
 use crate::state_machine::ShardSnapshot;
 use crate::types::{
@@ -75,6 +77,7 @@ pub(crate) struct Transport {
     /// Snapshots that this node sends at the same time.
     pub(crate) snapshots: Arc<tokio::sync::Semaphore>,
     peers: BTreeMap<u64, Peer>,
+    pulses: BTreeMap<u64, Pulse>,
 }
 
 impl Transport {
@@ -86,7 +89,7 @@ impl Transport {
         snapshots: Arc<tokio::sync::Semaphore>,
         addresses: impl IntoIterator<Item = (u64, String)>,
     ) -> Result<Self, tonic::transport::Error> {
-        let mut peers = BTreeMap::new();
+        let (mut peers, mut pulses) = (BTreeMap::new(), BTreeMap::new());
         for (node, address) in addresses {
             let endpoint = Endpoint::from_shared(format!("http://{address}"))?
                 .connect_timeout(patience.connect)
@@ -101,9 +104,12 @@ impl Transport {
                     .max_decoding_message_size(MESSAGE_BYTES_MAX)
                     .max_encoding_message_size(MESSAGE_BYTES_MAX)
             };
-            peers.insert(node, Peer { append: client(), control: client(), snapshot: client() });
+            let peer = Peer { append: client(), control: client(), snapshot: client() };
+            let pulse = Pulse::start(node, identities.clone(), peer.clone(), patience.append);
+            peers.insert(node, peer);
+            pulses.insert(node, pulse);
         }
-        Ok(Self { identities, faults, patience, snapshots, peers })
+        Ok(Self { identities, faults, patience, snapshots, peers, pulses })
     }
 
     /// The connections to a peer that this node may talk to now.
@@ -115,11 +121,17 @@ impl Transport {
         peer.cloned().ok_or_else(|| unreachable(format!("node {node} is not configured")))
     }
 
-    /// The identity for a message to `node`, after a first contact if there was none.
-    pub(crate) async fn identity(&self, node: u64, peer: &Peer) -> RpcResult<pb::Identity> {
+    /// Makes the first contact with `node` if there was none.
+    async fn greet(&self, node: u64, peer: &Peer) -> RpcResult<()> {
         if !self.identities.knows(node) {
             self.hello(node, peer).await.map_err(|status| rpc_error(&status))?;
         }
+        Ok(())
+    }
+
+    /// The identity for a message to `node`, after a first contact if there was none.
+    pub(crate) async fn identity(&self, node: u64, peer: &Peer) -> RpcResult<pb::Identity> {
+        self.greet(node, peer).await?;
         Ok(self.identities.to(node))
     }
 
@@ -201,13 +213,19 @@ impl Connection {
         request: AppendEntriesRequest<TypeConfig>,
         option: &RPCOption,
     ) -> RpcResult<StreamAppendResult<TypeConfig>> {
-        let group = self.group;
-        let answer = self
-            .call(RPCTypes::AppendEntries, option, async move |mut client, identity| {
-                let request = append_to_wire(request, group, Some(identity));
-                client.heartbeat(request).await.map(tonic::Response::into_inner)
-            })
-            .await?;
+        let limit = option.soft_ttl();
+        let answer = tokio::time::timeout(limit, async {
+            let peer = self.transport.peer(self.target)?;
+            self.transport.greet(self.target, &peer).await?;
+            let request = append_to_wire(request, self.group, None);
+            let pulse = self.transport.pulses.get(&self.target);
+            let pulse = pulse.ok_or_else(|| unreachable("no such peer".to_owned()))?;
+            pulse.send(request).await.map_err(|status| rpc_error(&status))
+        });
+        let timeout = |_| self.timeout(RPCTypes::AppendEntries, limit);
+        let answer = answer.await.map_err(timeout)??;
+        // An answer that arrives after a cut is lost, as it would be on a real one.
+        self.transport.peer(self.target)?;
         append_result(answer)
     }
 

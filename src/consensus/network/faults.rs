@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::RwLock;
+use tonic::Status;
 
 /// The peers that this node is cut from, and when its next snapshot transfers break.
 #[derive(Debug, Default)]
@@ -29,6 +30,14 @@ impl Faults {
 
     pub(crate) fn is_cut(&self, peer: u64) -> bool {
         self.any.load(Ordering::Acquire) && self.cut.read().contains(&peer)
+    }
+
+    /// Refuses a message from or to a peer that this node is cut from.
+    pub(crate) fn check(&self, peer: u64) -> Result<(), Status> {
+        if self.is_cut(peer) {
+            return Err(Status::unavailable("cut off"));
+        }
+        Ok(())
     }
 
     /// Breaks a snapshot transfer, once, after this many chunks.

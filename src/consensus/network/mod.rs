@@ -15,5 +15,6 @@ mod append;
 pub(crate) mod client;
 pub(crate) mod faults;
 pub(crate) mod identity;
+mod pulse;
 pub(crate) mod server;
 pub(crate) mod snapshot;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use futures::{Stream, StreamExt, stream};
+use futures::{FutureExt, Stream, StreamExt, stream};
 use openraft::errors::{Fatal, RaftError};
 use openraft::raft::{
     AppendEntriesRequest, AppendEntriesResponse, StreamAppendError, StreamAppendResult,
@@ -19,6 +19,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::group::Member as GroupMember;
 use crate::network::faults::Faults;
 use crate::network::identity::Identities;
+use crate::network::pulse;
 use crate::network::snapshot::Receiver;
 use crate::types::{
     TypeConfig, entry_from_wire, log_id_from_wire, log_id_to_wire, vote_from_wire, vote_to_wire,
@@ -37,25 +38,22 @@ pub struct Server {
     pub(crate) stop: CancellationToken,
 }
 
+fn member_of(groups: &Groups, group: u64) -> Result<GroupMember, Status> {
+    let member = groups.read().get(&group).cloned();
+    member.ok_or_else(|| Status::unavailable(format!("group {group} is not running here")))
+}
+
 impl Server {
     fn accept(&self, identity: Option<&pb::Identity>) -> Result<u64, Status> {
         let from = self.identities.accept(identity).inspect_err(|refusal| {
             tracing::warn!(%refusal, ?identity, "refused a message");
         })?;
-        self.check_cut(from)?;
+        self.faults.check(from)?;
         Ok(from)
     }
 
-    fn check_cut(&self, from: u64) -> Result<(), Status> {
-        if self.faults.is_cut(from) {
-            return Err(Status::unavailable("cut off"));
-        }
-        Ok(())
-    }
-
     fn group(&self, group: u64) -> Result<GroupMember, Status> {
-        let member = self.groups.read().get(&group).cloned();
-        member.ok_or_else(|| Status::unavailable(format!("group {group} is not running here")))
+        member_of(&self.groups, group)
     }
 
     async fn vote_or_pre_vote(
@@ -76,7 +74,7 @@ impl Server {
         let answer: Result<VoteResponse<TypeConfig>, RaftError<TypeConfig>> =
             if pre_vote { member.raft.pre_vote(vote).await } else { member.raft.vote(vote).await };
         let answer = answer.map_err(|error| stopped(&error))?;
-        self.check_cut(from)?;
+        self.faults.check(from)?;
         Ok(Response::new(pb::VoteResponse {
             vote: Some(vote_to_wire(&answer.vote)),
             granted: answer.vote_granted,
@@ -85,11 +83,34 @@ impl Server {
     }
 }
 
+/// Hands a heartbeat to its group.
+async fn heartbeat(
+    member: Result<GroupMember, Status>,
+    request: pb::AppendRequest,
+) -> Result<pb::AppendResponse, Status> {
+    let request = append_request(request)?;
+    let previous = request.prev_log_id;
+    let last = request.entries.last().map(|entry| entry.log_id).or(previous);
+    let answer = member?.raft.append_entries(request).await.map_err(|error| stopped(&error))?;
+    let result: StreamAppendResult<TypeConfig> = match answer {
+        AppendEntriesResponse::Success => Ok(last),
+        AppendEntriesResponse::PartialSuccess(upto) => Ok(upto),
+        AppendEntriesResponse::HigherVote(vote) => Err(StreamAppendError::HigherVote(vote)),
+        AppendEntriesResponse::Conflict => {
+            let at = previous.ok_or_else(|| Status::internal("conflict before the log"))?;
+            Err(StreamAppendError::Conflict(at))
+        }
+    };
+    Ok(append_response(result))
+}
+
 type Answers = stream::BoxStream<'static, Result<pb::AppendResponse, Status>>;
+type HeartbeatAnswers = stream::BoxStream<'static, Result<pb::HeartbeatsResponse, Status>>;
 
 #[tonic::async_trait]
 impl RaftService for Server {
     type AppendStream = Answers;
+    type HeartbeatsStream = HeartbeatAnswers;
 
     async fn hello(
         &self,
@@ -130,28 +151,28 @@ impl RaftService for Server {
         Ok(Response::new(answers.take_until(self.stop.clone().cancelled_owned()).boxed()))
     }
 
-    async fn heartbeat(
+    async fn heartbeats(
         &self,
-        request: Request<pb::AppendRequest>,
-    ) -> Result<Response<pb::AppendResponse>, Status> {
-        let request = request.into_inner();
-        let from = self.accept(request.identity.as_ref())?;
-        let member = self.group(request.group)?;
-        let request = append_request(request)?;
-        let previous = request.prev_log_id;
-        let last = request.entries.last().map(|entry| entry.log_id).or(previous);
-        let answer = member.raft.append_entries(request).await.map_err(|error| stopped(&error))?;
-        self.check_cut(from)?;
-        let result: StreamAppendResult<TypeConfig> = match answer {
-            AppendEntriesResponse::Success => Ok(last),
-            AppendEntriesResponse::PartialSuccess(upto) => Ok(upto),
-            AppendEntriesResponse::HigherVote(vote) => Err(StreamAppendError::HigherVote(vote)),
-            AppendEntriesResponse::Conflict => {
-                let at = previous.ok_or_else(|| Status::internal("conflict before the log"))?;
-                Err(StreamAppendError::Conflict(at))
-            }
+        request: Request<Streaming<pb::HeartbeatsRequest>>,
+    ) -> Result<Response<HeartbeatAnswers>, Status> {
+        let mut requests = request.into_inner();
+        let first = requests.message().await?;
+        let first = first.ok_or_else(|| Status::invalid_argument("an empty heartbeat stream"))?;
+        let from = self.accept(first.identity.as_ref())?;
+        let (groups, faults) = (self.groups.clone(), self.faults.clone());
+        let handle = move |request: pb::AppendRequest| {
+            let member = member_of(&groups, request.group);
+            let faults = faults.clone();
+            let answer = async move {
+                faults.check(from)?;
+                let answer = heartbeat(member, request).await?;
+                faults.check(from)?;
+                Ok(answer)
+            };
+            answer.boxed()
         };
-        Ok(Response::new(append_response(result)))
+        let answers = pulse::answers(first, requests, handle);
+        Ok(Response::new(answers.take_until(self.stop.clone().cancelled_owned()).boxed()))
     }
 
     async fn vote(
@@ -222,7 +243,7 @@ impl RaftService for Server {
         let (vote, snapshot) = self.receiver.receive(shard, first, chunks, cut).await?;
         let installed = member.raft.install_full_snapshot(vote, snapshot).await;
         let installed = installed.map_err(|fatal| fatal_status(&fatal))?;
-        self.check_cut(from)?;
+        self.faults.check(from)?;
         Ok(Response::new(pb::InstallSnapshotResponse { vote: Some(vote_to_wire(&installed.vote)) }))
     }
 }
