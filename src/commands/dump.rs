@@ -7,14 +7,20 @@ use crate::exit::{Exit, Failure};
 use crate::io::Io;
 use crate::lines::{LineFormat, Record};
 use crate::progress::Progress;
+use bytes::Bytes;
 use futures::TryStreamExt;
-use std::io::Write;
+use std::fs::File;
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
+use std::ops::Bound;
 use std::path::PathBuf;
 use std::time::Duration;
 use tombolo_client::{Consistency, Entry};
 
 /// Rides out a change of leaders.
 const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How much of a file's end is read at a time to find its last line.
+const TAIL_BYTES: u64 = 64 << 10;
 
 /// Writes all records, one a line, sorted by key
 ///
@@ -33,6 +39,9 @@ pub struct Dump {
     /// linearizable, local, or stale:DURATION
     #[arg(long, value_name = "LEVEL", value_parser = parse_consistency, default_value = "linearizable")]
     pub consistency: Consistency,
+    /// Go on behind the last whole line that FILE holds already
+    #[arg(long)]
+    pub resume: bool,
     #[command(flatten)]
     pub connection: Connection,
 }
@@ -40,17 +49,13 @@ pub struct Dump {
 pub(crate) async fn dump(args: &Dump, io: &mut Io) -> Result<Exit, Failure> {
     let prefix = args.connection.key_encoding.parse(args.prefix.as_deref().unwrap_or_default())?;
     let (_client, keys) = args.connection.connect(io, Some(TIMEOUT)).await?;
-    let mut file = if args.file.as_os_str() == "-" {
-        None
-    } else {
-        let file = std::fs::File::create(&args.file)
-            .map_err(|error| Failure::Other(format!("{}: {error}", args.file.display())))?;
-        Some(std::io::BufWriter::new(file))
-    };
+    let (mut file, after) = args.open(&prefix)?;
     let mut progress = Progress::new(io, None);
     let mut conflicts = 0u64;
     let mut line = Vec::new();
-    let mut entries = keys.scan().prefix(prefix).consistency(args.consistency).stream();
+    let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+    let scan = keys.scan().prefix(prefix).range((from, Bound::Unbounded));
+    let mut entries = scan.consistency(args.consistency).stream();
     while let Some(entry) = entries.try_next().await? {
         conflicts += u64::from(entry.versions.len() > 1);
         let Some(record) = newest(entry) else { continue };
@@ -78,6 +83,61 @@ pub(crate) async fn dump(args: &Dump, io: &mut Io) -> Result<Exit, Failure> {
         )?;
     }
     Ok(Exit::Ok)
+}
+
+impl Dump {
+    /// The file to write, none for standard output, and the key behind which to go on.
+    fn open(&self, prefix: &[u8]) -> Result<(Option<BufWriter<File>>, Option<Bytes>), Failure> {
+        if self.file.as_os_str() == "-" {
+            return match self.resume {
+                true => Err(Failure::Usage("--resume needs a FILE".into())),
+                false => Ok((None, None)),
+            };
+        }
+        let failed = |error: String| Failure::Other(format!("{}: {error}", self.file.display()));
+        if !self.resume {
+            let file = File::create(&self.file).map_err(|error| failed(error.to_string()))?;
+            return Ok((Some(BufWriter::new(file)), None));
+        }
+        let mut options = File::options();
+        let options = options.read(true).write(true).create(true).truncate(false);
+        let mut file = options.open(&self.file).map_err(|error| failed(error.to_string()))?;
+        let last = cut_to_whole_lines(&mut file).map_err(|error| failed(error.to_string()))?;
+        let Some(last) = last else { return Ok((Some(BufWriter::new(file)), None)) };
+        let last = self.format.read(&last).map_err(|error| {
+            failed(format!("cannot go on behind its last line: {error}; is --format the same?"))
+        })?;
+        if !last.key.starts_with(prefix) {
+            return Err(failed("its last key does not begin with --prefix".into()));
+        }
+        Ok((Some(BufWriter::new(file)), Some(last.key)))
+    }
+}
+
+/// Cuts off what follows the last line end, moves to the end, and answers the last line. Reads
+/// backwards, so the time does not depend on the file's size.
+fn cut_to_whole_lines(file: &mut File) -> std::io::Result<Option<Vec<u8>>> {
+    let mut start = file.seek(SeekFrom::End(0))?;
+    let mut tail: Vec<u8> = Vec::new();
+    let line_end = |byte: &u8| *byte == b'\n';
+    loop {
+        let end = tail.iter().rposition(line_end);
+        let begin = end.and_then(|end| tail[..end].iter().rposition(line_end));
+        if begin.is_none() && start > 0 {
+            let step = start.min(TAIL_BYTES);
+            start -= step;
+            file.seek(SeekFrom::Start(start))?;
+            let mut block = Vec::new();
+            Read::by_ref(file).take(step).read_to_end(&mut block)?;
+            block.append(&mut tail);
+            tail = block;
+            continue;
+        }
+        let whole = end.map_or(0, |end| end + 1);
+        file.set_len(start + whole as u64)?;
+        file.seek(SeekFrom::End(0))?;
+        return Ok(end.map(|end| tail[begin.map_or(0, |begin| begin + 1)..end].to_vec()));
+    }
 }
 
 /// The same choice in every region: by time, then by dot.

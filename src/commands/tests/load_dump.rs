@@ -66,6 +66,56 @@ async fn a_dump_is_sorted_and_takes_the_newest_of_concurrent_values() {
 }
 
 #[tokio::test]
+async fn an_interrupted_dump_goes_on_behind_its_last_whole_line() {
+    let region = Region::start(1).await;
+    for n in 0..30 {
+        // Longer than what is read of a file's end at a time, now and then.
+        let value = "v".repeat(if n % 7 == 0 { 70_000 } else { n });
+        region.put("default", format!("k{n:02}"), value);
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    for format in ["jsonl", "tsv"] {
+        let dump = |file: &Path| line("dump --resume --format").word(format).word(file);
+        let whole = line("dump --format").word(format).at(&region).await.out;
+        let lines: Vec<usize> = whole
+            .iter()
+            .enumerate()
+            .filter(|(_, byte)| **byte == b'\n')
+            .map(|(at, _)| at)
+            .collect();
+        let mut cuts = vec![0, 1, whole.len() - 1, whole.len()];
+        cuts.extend(lines.iter().flat_map(|&at| [at, at + 1]).step_by(5));
+        for cut in cuts {
+            let file = dir.path().join(format!("{format}-{cut}"));
+            std::fs::write(&file, &whole[..cut]).expect("written");
+            let resumed = dump(&file).at(&region).await;
+            assert_eq!(resumed.exit, Exit::Ok, "{}", resumed.err);
+            assert!(std::fs::read(&file).expect("written") == whole, "{format} cut at {cut}");
+        }
+        let fresh = dir.path().join(format!("{format}-fresh"));
+        assert_eq!(dump(&fresh).at(&region).await.exit, Exit::Ok);
+        assert!(std::fs::read(&fresh).expect("written") == whole);
+    }
+}
+
+#[tokio::test]
+async fn a_dump_refuses_to_go_on_behind_something_else() {
+    let region = Region::start(1).await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("notes");
+    std::fs::write(&file, "something else\n").expect("written");
+    let refused = line("dump --resume").word(&file).at(&region).await;
+    assert_eq!(refused.exit, Exit::Other);
+    assert!(refused.err.contains("is --format the same?"), "{}", refused.err);
+    std::fs::write(&file, "key\tvalue\n").expect("written");
+    let refused = line("dump --resume --format tsv --prefix x").word(&file).at(&region).await;
+    assert!(refused.err.contains("does not begin with --prefix"), "{}", refused.err);
+    assert_eq!(std::fs::read(&file).expect("there"), b"key\tvalue\n");
+    let refused = line("dump --resume").at(&region).await;
+    assert_eq!(refused.exit, Exit::Usage);
+}
+
+#[tokio::test]
 async fn a_dump_survives_broken_streams() {
     let region = Region::start(2).await;
     for n in 0..30 {
