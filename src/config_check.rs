@@ -285,6 +285,17 @@ fn bounds(config: &Config, report: &mut Report<'_>) {
         );
     }
     let replication = &config.replication;
+    if config.raft_log.segment_bytes / 4 < replication.max_batch_bytes as u64 + ENTRY_OVERHEAD_BYTES
+    {
+        report.add(
+            "replication.max_batch_bytes",
+            format!(
+                "{} and {ENTRY_OVERHEAD_BYTES} are more than a quarter of raft_log.segment_bytes of {}",
+                replication.max_batch_bytes, config.raft_log.segment_bytes
+            ),
+            "a batch becomes one log entry: lower it, or raise raft_log.segment_bytes",
+        );
+    }
     if replication.in_flight_bytes < replication.max_batch_bytes {
         report.add(
             "replication.in_flight_bytes",

@@ -216,6 +216,12 @@ pub const KEYS: &[Key] = &[
         "Raft log after which the write buffer is flushed; bounds replay after a crash.",
     ),
     key(
+        "storage.reserve_bytes",
+        bytes(0, 1024 * TIB),
+        "268435456",
+        "Free disk space below which writes are refused; reads and deletes go on.",
+    ),
+    key(
         "replication.max_batch_bytes",
         bytes(KIB, 64 * MIB),
         "1048576",

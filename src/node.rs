@@ -23,7 +23,7 @@ use tombolo_service::{
     Admission, AdmissionLayer, CatalogWriter, ClusterApi, ConflictApi, Gateway, KvApi, Limits,
     NamespaceApi, NodeApi, NodeChannels, RegionApi, WatchApi, http, metrics::Metrics,
 };
-use tombolo_shard::{Clock, CollectConfig, Collector, Shard, Shards};
+use tombolo_shard::{Clock, CollectConfig, Collector, Headroom, Shard, Shards};
 use tombolo_storage::{Store, StoreConfig};
 use tonic::transport::{Server, server::TcpIncoming};
 
@@ -31,6 +31,8 @@ use crate::{config::Config, scrape::Sources, telemetry::Telemetry};
 
 /// How often readiness is looked at for the gRPC health service.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(500);
+/// How often the free disk space is looked at.
+const DISK_INTERVAL: Duration = Duration::from_secs(2);
 /// Bounds on the last steps of a stop, after the drain.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
@@ -137,8 +139,12 @@ struct Disk {
 impl Disk {
     fn open(config: &Config) -> anyhow::Result<Self> {
         let dir = &config.data_dir;
+        let is_new = !dir.exists();
         fs::create_dir_all(dir)
             .with_context(|| format!("cannot create the data directory {}", dir.display()))?;
+        if let (true, Some(parent)) = (is_new, dir.parent()) {
+            sync_directory(parent)?;
+        }
         let log_config = tombolo_raftlog::Config {
             segment_bytes: config.raft_log.segment_bytes,
             cache_bytes: config.raft_log.cache_bytes as u64,
@@ -165,8 +171,17 @@ impl Disk {
         store
             .claim(&identity.directory_id)
             .context("the data store and the Raft log do not belong together")?;
+        sync_directory(dir)?;
         Ok(Self { log, store, identity })
     }
+}
+
+/// Makes what was created in a directory survive a power loss.
+fn sync_directory(dir: &Path) -> anyhow::Result<()> {
+    // The parent of a relative path may be the empty path.
+    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+    let synced = fs::File::open(dir).and_then(|dir| dir.sync_all());
+    synced.with_context(|| format!("cannot sync the directory {}", dir.display()))
 }
 
 /// The identity of the data directory: made at the first start, checked at every later one.
@@ -315,7 +330,9 @@ impl Node {
                 .await
                 .context("cannot start the Raft groups")?;
         let clock = Arc::new(Clock::new(config.clock.max_offset));
-        let shards = shards_of(&consensus, &store, &clock, &topology)?;
+        let headroom = Arc::new(Headroom::new(config.storage.reserve_bytes));
+        look_at_disk(&store, &headroom);
+        let shards = shards_of(&consensus, &store, &clock, &headroom, &topology)?;
         let (stop_streams, stop_ports) = (CancellationToken::new(), CancellationToken::new());
         let tasks = TaskTracker::new();
 
@@ -328,6 +345,7 @@ impl Node {
             store: store.clone(),
             log: log.clone(),
             links: Arc::clone(&statuses),
+            headroom: Arc::clone(&headroom),
             segment_bytes: config.raft_log.segment_bytes,
         };
         metrics.on_scrape(Box::new(move |metrics| sources.refresh(metrics)));
@@ -358,6 +376,7 @@ impl Node {
         let link_server = LinkServer::new(
             shards.clone(),
             replication_config(config),
+            Arc::clone(&statuses),
             Arc::new(CatalogWriter::new(Arc::clone(&gateway))),
             stop_streams.clone(),
             tasks.clone(),
@@ -407,6 +426,7 @@ impl Node {
         );
         let stop = stop_streams.clone();
         tasks.spawn(async move { shards.follow_catalog(stop).await });
+        tasks.spawn(watch_disk(store, headroom, stop_streams.clone()));
         tasks.spawn(report_health(health, Arc::clone(&checks), stop_ports.clone()));
         Ok(Self { consensus, log, checks, admission, stop_streams, stop_ports, tasks })
     }
@@ -448,6 +468,7 @@ fn shards_of(
     consensus: &Consensus,
     store: &Store,
     clock: &Arc<Clock>,
+    headroom: &Arc<Headroom>,
     topology: &Arc<Topology>,
 ) -> anyhow::Result<Shards> {
     let mut shards = Vec::with_capacity(usize::from(topology.shard_count));
@@ -455,7 +476,14 @@ fn shards_of(
         let id = ShardId(number);
         let group = consensus.group(id).with_context(|| format!("shard {id} has no Raft group"))?;
         let data = store.shard(id).with_context(|| format!("cannot open shard {id}"))?;
-        shards.push(Shard::new(id, group.clone(), data, Arc::clone(clock), Arc::clone(topology)));
+        shards.push(Shard::new(
+            id,
+            group.clone(),
+            data,
+            Arc::clone(clock),
+            Arc::clone(headroom),
+            Arc::clone(topology),
+        ));
     }
     Ok(Shards::new(shards, Arc::clone(topology)))
 }
@@ -544,6 +572,21 @@ fn reflection_v1alpha() -> Result<
     tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(tombolo_proto::v1::FILE_DESCRIPTOR_SET)
         .build_v1alpha()
+}
+
+fn look_at_disk(store: &Store, headroom: &Headroom) {
+    match store.disk_free_bytes() {
+        Ok(free) => headroom.observe(free),
+        Err(error) => tracing::warn!(%error, "the free disk space cannot be read"),
+    }
+}
+
+/// Keeps an eye on the free space, so that writes are refused before the disk is full.
+async fn watch_disk(store: Store, headroom: Arc<Headroom>, stop: CancellationToken) {
+    let mut ticks = tokio::time::interval(DISK_INTERVAL);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        look_at_disk(&store, &headroom);
+    }
 }
 
 /// Keeps the gRPC health service in step with readiness: `""` and `KvService` are this node.

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use tombolo_consensus::Consensus;
 use tombolo_raftlog::RaftLog;
-use tombolo_replication::{LinkPhase, LinkStatuses};
+use tombolo_replication::{LinkPhase, LinkStatuses, Traffic};
 use tombolo_service::{
     lag_of,
     metrics::{LinkNumbers, Metrics, RaftLogNumbers, RaftNumbers, RocksNumbers},
 };
-use tombolo_shard::Shards;
+use tombolo_shard::{Headroom, Shards};
 use tombolo_storage::Store;
 
 /// What the numbers are read from.
@@ -19,6 +19,7 @@ pub(crate) struct Sources {
     pub(crate) store: Store,
     pub(crate) log: RaftLog,
     pub(crate) links: Arc<LinkStatuses>,
+    pub(crate) headroom: Arc<Headroom>,
     pub(crate) segment_bytes: u64,
 }
 
@@ -40,6 +41,7 @@ impl Sources {
             );
         }
         self.refresh_links(metrics);
+        metrics.set_disk(self.headroom.free_bytes(), self.headroom.is_short());
         let log = self.log.metrics();
         metrics.set_raft_log(&RaftLogNumbers {
             syncs: log.syncs,
@@ -65,10 +67,11 @@ impl Sources {
         let topology = self.shards.topology();
         let statuses = self.links.all();
         for peer in topology.peers() {
-            let mut numbers = LinkNumbers { up: true, ..LinkNumbers::default() };
+            let Traffic { sent_bytes, received_bytes } = self.links.traffic(peer.id);
+            let mut numbers =
+                LinkNumbers { up: true, sent_bytes, received_bytes, ..LinkNumbers::default() };
             for (_, status) in statuses.iter().filter(|(key, _)| key.peer == peer.id) {
                 numbers.up &= status.phase == LinkPhase::Streaming;
-                numbers.received_bytes += status.received_bytes;
             }
             for shard in self.shards.iter().filter(|shard| shard.is_leader()) {
                 for namespace in shard.store().frontiers().into_keys() {

@@ -217,7 +217,8 @@ impl Group {
     /// Proposes one encoded command and waits until it is applied here.
     ///
     /// Commands proposed together share an entry. There is no deadline: set one around the call.
-    /// Dropping the future does not cancel the proposal.
+    /// Dropping the future takes the command back while it waits for a place in an entry; after
+    /// that it may be applied all the same.
     ///
     /// # Errors
     /// See [`ProposeError`]; each variant says whether repeating is safe.
@@ -279,6 +280,24 @@ impl Group {
             quarantined: self.inner.quarantine.ends().is_some(),
             failure: self.failure(),
         }
+    }
+
+    /// Whether this node leads and a majority has answered it within `age`. A leader that is cut
+    /// off goes on believing that it leads; this says that it may be alone. Costs no message.
+    pub fn has_quorum(&self, age: Duration) -> bool {
+        let metrics = self.metrics();
+        let limit = millis(age);
+        let fresh = |voter: &&u64| {
+            **voter == self.inner.node.0
+                || metrics.acked_millis.get(*voter).copied().flatten().is_some_and(|at| at <= limit)
+        };
+        let count = metrics.voters.iter().filter(fresh).count();
+        metrics.is_leader && metrics.voters.len() / 2 < count
+    }
+
+    /// The largest command that may be proposed, in bytes.
+    pub fn command_bytes_max(&self) -> usize {
+        self.inner.batcher.command_bytes_max()
     }
 
     /// Why the replica is dead, if it is.

@@ -10,7 +10,7 @@
 //!
 //! Invariants:
 //! * Commands enter the log in the order in which they were queued, as long as leadership lasts.
-//! * A command leaves the queue only to be proposed: a caller that goes away cancels nothing.
+//! * A caller that goes away takes back a command that still waits, and no other.
 //! * Every caller gets an answer, also when the Raft core dies with the command inside.
 //! * The queue is bounded in commands and in bytes.
 //!
@@ -168,6 +168,11 @@ impl Batcher {
         &self.shared.counters
     }
 
+    /// The largest command that is taken, in bytes.
+    pub(crate) fn command_bytes_max(&self) -> usize {
+        self.shared.command_bytes_max
+    }
+
     /// Commands that wait for a slot.
     pub(crate) fn queued(&self) -> usize {
         self.shared.state.lock().queue.len()
@@ -175,7 +180,7 @@ impl Batcher {
 
     /// Proposes one encoded command and waits for its outcome.
     ///
-    /// Dropping the future does not cancel the proposal.
+    /// Dropping the future takes the command back only while it waits in the queue.
     pub(crate) async fn propose(&self, command: Bytes) -> Answer {
         let (bytes, max) = (command.len(), self.shared.command_bytes_max);
         if max < bytes {
@@ -254,10 +259,19 @@ impl Shared {
             && let Some(next) = state.queue.front()
             && (batch.is_empty() || bytes + next.command.len() <= ENTRY_BYTES_MAX)
         {
-            bytes += next.command.len();
-            batch.extend(state.queue.pop_front());
+            let command_bytes = next.command.len();
+            state.queued_bytes = state.queued_bytes.saturating_sub(command_bytes);
+            let Some(next) = state.queue.pop_front() else { break };
+            // Given up before it was proposed: nobody would learn what became of it.
+            if next.answer.is_closed() {
+                continue;
+            }
+            bytes += command_bytes;
+            batch.push(next);
         }
-        state.queued_bytes = state.queued_bytes.saturating_sub(bytes);
+        if batch.is_empty() {
+            return None;
+        }
         state.in_flight += 1;
         state.sending = true;
         self.counters.commands.fetch_add(batch.len() as u64, Ordering::Relaxed);

@@ -5,9 +5,9 @@
 //!
 //! **Where the batch is written.** A run goes into RocksDB's memtable, without WAL and without a
 //! sync: some microseconds per key. A short run is written right on the worker task, because a
-//! hand-over to a blocking thread costs more than the write; a run above
-//! [`INLINE_BYTES_MAX`] goes to a blocking thread, so that a bulk load, and the write stalls that
-//! come with it, do not hold one of the few threads that serve requests.
+//! hand-over to a blocking thread costs more than the write. A run above [`INLINE_BYTES_MAX`], or
+//! one that RocksDB would hold up because flushes are behind, goes to a blocking thread, so that a
+//! bulk load does not hold one of the few threads that serve requests.
 //!
 //! Invariants:
 //! * A proposer is answered after its entry is visible to reads, never before.
@@ -71,14 +71,20 @@ impl StateMachine {
 
     async fn apply_run(&self, run: Run) -> Result<(), io::Error> {
         let Run { entries, responders, bytes } = run;
-        let outcomes = if bytes <= INLINE_BYTES_MAX {
-            self.data.apply(&entries).map_err(io::Error::other)?
+        let inline = if bytes <= INLINE_BYTES_MAX {
+            self.data.try_apply(&entries).map_err(io::Error::other)?
         } else {
-            let data = self.data.clone();
-            tokio::task::spawn_blocking(move || data.apply(&entries))
-                .await
-                .map_err(io::Error::other)?
-                .map_err(io::Error::other)?
+            None
+        };
+        let outcomes = match inline {
+            Some(outcomes) => outcomes,
+            None => {
+                let data = self.data.clone();
+                tokio::task::spawn_blocking(move || data.apply(&entries))
+                    .await
+                    .map_err(io::Error::other)?
+                    .map_err(io::Error::other)?
+            }
         };
         if outcomes.len() != responders.len() {
             return Err(bad_data("the store answered another number of entries than it was given"));

@@ -5,6 +5,7 @@
 //! command depends on, time and rule included, is in the command or in the shard's state.
 
 use bytes::Bytes;
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::{
     change::Change,
@@ -125,6 +126,8 @@ pub struct Trim {
 pub enum Outcome {
     /// The write was applied, now or when the same request came before.
     Written(Vec<Written>),
+    /// Nothing was written: the request's id was used for another write.
+    RequestReused,
     /// Nothing was written: these checks did not hold.
     ChecksFailed(Vec<FailedCheck>),
     /// Nothing was written: an operation's context has seen more than this region has applied.
@@ -307,6 +310,39 @@ impl Command {
 }
 
 impl Write {
+    /// A hash of what is asked for: the namespace, the checks, and what is written where. A repeat
+    /// has the same one; times and expiry, which a repeat may compute anew, do not count.
+    pub fn fingerprint(&self) -> u64 {
+        let mut hash = Xxh3::new();
+        let part = |hash: &mut Xxh3, tag: u8, bytes: &[u8]| {
+            hash.update(&[tag]);
+            hash.update(&(bytes.len() as u64).to_le_bytes());
+            hash.update(bytes);
+        };
+        hash.update(&self.namespace.0.to_le_bytes());
+        for Check { key, condition } in &self.checks {
+            part(&mut hash, 0, key);
+            match condition {
+                Condition::Absent => part(&mut hash, 1, &[]),
+                Condition::Present => part(&mut hash, 2, &[]),
+                Condition::DotEquals(dot) => {
+                    let mut writer = Writer::default();
+                    encode_dot(*dot, &mut writer);
+                    part(&mut hash, 3, &writer.finish());
+                }
+                Condition::DataEquals(data) => part(&mut hash, 4, data),
+            }
+        }
+        for operation in &self.operations {
+            part(&mut hash, 5, &operation.key);
+            match &operation.content {
+                Content::Tombstone => part(&mut hash, 6, &[]),
+                Content::Value { data, .. } => part(&mut hash, 7, data),
+            }
+        }
+        hash.digest()
+    }
+
     fn encode(&self, writer: &mut Writer) {
         writer.varint(u64::from(self.namespace.0));
         writer.u8(self.rule.to_byte());
@@ -398,42 +434,57 @@ fn decode_flag(reader: &mut Reader) -> Result<bool, DecodeError> {
     }
 }
 
-const WRITTEN_VERSION: u8 = 1;
-
-/// Encodes a write's results, to be remembered for repeats of its request.
-pub fn encode_written(time: HybridTime, results: &[Written]) -> Bytes {
-    let mut writer = Writer::with_capacity(16 + results.len() * 48);
-    writer.u8(WRITTEN_VERSION);
-    writer.fixed64(time.to_bits());
-    writer.count(results.len());
-    for result in results {
-        encode_dot(result.dot, &mut writer);
-        writer.fixed64(result.time.to_bits());
-        writer.u8(u8::from(result.conflict));
-        result.context.encode(&mut writer);
-    }
-    writer.finish()
+/// What is kept of a request, so that a repeat of it gets the same answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Remembered {
+    /// When it was executed.
+    pub executed: HybridTime,
+    /// What it asked for ([`Write::fingerprint`]): another write under its id is refused.
+    pub fingerprint: u64,
+    /// What it was answered.
+    pub results: Vec<Written>,
 }
 
-/// Reads what [`encode_written`] wrote: when the request was executed, and its results.
-///
-/// # Errors
-/// If the bytes are damaged.
-pub fn decode_written(bytes: Bytes) -> Result<(HybridTime, Vec<Written>), DecodeError> {
-    let mut reader = Reader::new("request outcome", bytes);
-    reader.version(WRITTEN_VERSION)?;
-    let executed = HybridTime::from_bits(reader.fixed64()?);
-    let count = reader.count(13)?;
-    let mut results = Vec::with_capacity(count);
-    for _ in 0..count {
-        let dot = decode_dot(&mut reader)?;
-        let time = HybridTime::from_bits(reader.fixed64()?);
-        let conflict = decode_flag(&mut reader)?;
-        let context = VersionVector::decode(&mut reader)?;
-        results.push(Written { dot, time, context, conflict });
+const REMEMBERED_VERSION: u8 = 1;
+
+impl Remembered {
+    /// The encoding, with its format version.
+    pub fn to_bytes(&self) -> Bytes {
+        let mut writer = Writer::with_capacity(32 + self.results.len() * 48);
+        writer.u8(REMEMBERED_VERSION);
+        writer.fixed64(self.executed.to_bits());
+        writer.fixed64(self.fingerprint);
+        writer.count(self.results.len());
+        for result in &self.results {
+            encode_dot(result.dot, &mut writer);
+            writer.fixed64(result.time.to_bits());
+            writer.u8(u8::from(result.conflict));
+            result.context.encode(&mut writer);
+        }
+        writer.finish()
     }
-    reader.finish()?;
-    Ok((executed, results))
+
+    /// Reads what [`to_bytes`](Self::to_bytes) wrote.
+    ///
+    /// # Errors
+    /// If the bytes are damaged.
+    pub fn from_bytes(bytes: Bytes) -> Result<Self, DecodeError> {
+        let mut reader = Reader::new("request outcome", bytes);
+        reader.version(REMEMBERED_VERSION)?;
+        let executed = HybridTime::from_bits(reader.fixed64()?);
+        let fingerprint = reader.fixed64()?;
+        let count = reader.count(13)?;
+        let mut results = Vec::with_capacity(count);
+        for _ in 0..count {
+            let dot = decode_dot(&mut reader)?;
+            let time = HybridTime::from_bits(reader.fixed64()?);
+            let conflict = decode_flag(&mut reader)?;
+            let context = VersionVector::decode(&mut reader)?;
+            results.push(Written { dot, time, context, conflict });
+        }
+        reader.finish()?;
+        Ok(Self { executed, fingerprint, results })
+    }
 }
 
 #[cfg(test)]
@@ -527,7 +578,8 @@ mod tests {
             let time = HybridTime::from_bits(5);
             let written = Written { dot: Dot { actor, seq }, time, context, conflict };
             let results = vec![written];
-            prop_assert_eq!(decode_written(encode_written(time, &results)), Ok((time, results)));
+            let remembered = Remembered { executed: time, fingerprint: seq, results };
+            prop_assert_eq!(Remembered::from_bytes(remembered.to_bytes()), Ok(remembered));
         }
     }
 

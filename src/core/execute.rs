@@ -13,8 +13,9 @@ use bytes::Bytes;
 
 use crate::{
     change::Change,
-    command::{Command, FailedCheck, Ingest, Ingested, Outcome, Stopped, Write, Written},
-    hlc::HybridTime,
+    command::{
+        Command, FailedCheck, Ingest, Ingested, Outcome, Remembered, Stopped, Write, Written,
+    },
     id::{Dot, NamespaceId, RequestId},
     ledger::LedgerEntry,
     record::{Delta, Record, Rule, Sibling},
@@ -44,10 +45,10 @@ pub trait ShardState {
     fn trim_changes(&mut self, namespace: NamespaceId, upto: &VersionVector);
     /// Adds to the conflict ledger.
     fn add_to_ledger(&mut self, namespace: NamespaceId, entry: LedgerEntry);
-    /// The remembered results of a request.
-    fn remembered(&self, request: RequestId) -> Result<Option<Vec<Written>>, Self::Error>;
-    /// Remembers the results of a request.
-    fn remember(&mut self, request: RequestId, time: HybridTime, results: &[Written]);
+    /// What is remembered of a request.
+    fn remembered(&self, request: RequestId) -> Result<Option<Remembered>, Self::Error>;
+    /// Remembers a request.
+    fn remember(&mut self, request: RequestId, remembered: &Remembered);
     /// Forgets a request.
     fn forget(&mut self, request: RequestId);
 }
@@ -76,10 +77,15 @@ pub fn execute<S: ShardState>(state: &mut S, command: &Command) -> Result<Outcom
 }
 
 fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome, S::Error> {
+    let fingerprint = if write.request.is_some() { write.fingerprint() } else { 0 };
     if let Some(request) = write.request
-        && let Some(results) = state.remembered(request)?
+        && let Some(before) = state.remembered(request)?
     {
-        return Ok(Outcome::Written(results));
+        return Ok(if before.fingerprint == fingerprint {
+            Outcome::Written(before.results)
+        } else {
+            Outcome::RequestReused
+        });
     }
     let frontier = state.frontier(write.namespace);
     if let Some(needed) = context_ahead(write, &frontier) {
@@ -112,7 +118,9 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
         append(state, write.namespace, &change);
     }
     if let Some(request) = write.request {
-        state.remember(request, write.time, &results);
+        let remembered = Remembered { executed: write.time, fingerprint, results };
+        state.remember(request, &remembered);
+        return Ok(Outcome::Written(remembered.results));
     }
     Ok(Outcome::Written(results))
 }

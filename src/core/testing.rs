@@ -9,9 +9,8 @@ use bytes::Bytes;
 
 use crate::{
     change::Change,
-    command::Written,
+    command::Remembered,
     execute::ShardState,
-    hlc::HybridTime,
     id::{Actor, NamespaceId, RequestId},
     ledger::{LedgerEntry, LedgerId},
     record::Record,
@@ -30,7 +29,7 @@ pub struct MemoryState {
     /// The ledger.
     pub ledger: BTreeMap<(NamespaceId, LedgerId), LedgerEntry>,
     /// Remembered requests.
-    pub requests: BTreeMap<RequestId, Vec<Written>>,
+    pub requests: BTreeMap<RequestId, Remembered>,
 }
 
 impl MemoryState {
@@ -101,12 +100,12 @@ impl ShardState for MemoryState {
         self.ledger.insert((namespace, entry.id(namespace)), entry);
     }
 
-    fn remembered(&self, request: RequestId) -> Result<Option<Vec<Written>>, Infallible> {
+    fn remembered(&self, request: RequestId) -> Result<Option<Remembered>, Infallible> {
         Ok(self.requests.get(&request).cloned())
     }
 
-    fn remember(&mut self, request: RequestId, _: HybridTime, results: &[Written]) {
-        self.requests.insert(request, results.to_vec());
+    fn remember(&mut self, request: RequestId, remembered: &Remembered) {
+        self.requests.insert(request, remembered.clone());
     }
 
     fn forget(&mut self, request: RequestId) {

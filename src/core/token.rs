@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Longest session token, in bytes.
-pub const SESSION_TOKEN_BYTES_MAX: usize = 64 << 10;
+pub const SESSION_TOKEN_BYTES_MAX: usize = 1 << 20;
 /// Longest context of a key, in bytes.
 pub const CONTEXT_BYTES_MAX: usize = 16 << 10;
 

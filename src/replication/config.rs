@@ -36,6 +36,8 @@ impl Default for ReplicationConfig {
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often frontiers that moved are told.
 pub(crate) const FRONTIER_INTERVAL: Duration = Duration::from_secs(1);
+/// A leader that no majority has answered for so long may have been replaced: it feeds nobody.
+pub(crate) const QUORUM_AGE_MAX: Duration = Duration::from_secs(3);
 /// How long one ingest may take before its outcome counts as unknown.
 pub(crate) const INGEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// Messages waiting between a task and its stream, each way.

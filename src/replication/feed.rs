@@ -4,7 +4,10 @@
 //! Reads the change log only, so a slow or absent peer costs nothing but its own stream. What is
 //! sent and not yet acknowledged is bounded by bytes.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -20,8 +23,9 @@ use tombolo_storage::StoredChange;
 use tonic::{Status, Streaming};
 
 use crate::{
-    config::{FRONTIER_INTERVAL, ReplicationConfig},
+    config::{FRONTIER_INTERVAL, QUORUM_AGE_MAX, ReplicationConfig},
     server::not_leader,
+    status::LinkStatuses,
     wire,
 };
 
@@ -32,6 +36,7 @@ pub(crate) struct Feed {
     pub(crate) shard: Shard,
     pub(crate) peer: RegionId,
     pub(crate) config: ReplicationConfig,
+    pub(crate) statuses: Arc<LinkStatuses>,
     pub(crate) subscriptions: BTreeMap<NamespaceId, Subscription>,
 }
 
@@ -60,8 +65,8 @@ impl Feed {
         shutdown: CancellationToken,
     ) {
         if let Err(status) = self.serve(&mut requests, &replies, &shutdown).await {
-            // The peer may be gone already; then nobody needs to hear.
-            let _ = replies.send(Err(status)).await;
+            // The peer may be gone already, or may not read; then it hears of it by the end.
+            let _ = replies.try_send(Err(status));
         }
     }
 
@@ -71,13 +76,13 @@ impl Feed {
         replies: &Replies,
         shutdown: &CancellationToken,
     ) -> Result<(), Status> {
-        let mut applied = self.shard.store().watch_applied();
+        let mut moved = self.shard.store().watch_frontiers();
         let mut leadership = self.shard.group().leadership();
         let mut ticks = tokio::time::interval(FRONTIER_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            applied.borrow_and_update();
-            self.send_changes(replies).await?;
+            moved.borrow_and_update();
+            self.send_changes(replies, shutdown).await?;
             // Safe to drop: all of these only wait, and a request is taken whole.
             tokio::select! {
                 biased;
@@ -93,10 +98,17 @@ impl Feed {
                     Some(request) => self.handle(request?)?,
                     None => return Ok(()),
                 },
-                changed = applied.changed() => if changed.is_err() {
+                changed = moved.changed() => if changed.is_err() {
                     return Err(Status::unavailable("the replica has stopped"));
                 },
-                _ = ticks.tick() => self.tell_frontiers(replies).await?,
+                _ = ticks.tick() => {
+                    // A leader that is cut off from its region would feed what it had for ever,
+                    // while another leader takes the writes.
+                    if !self.shard.group().has_quorum(QUORUM_AGE_MAX) {
+                        return Err(not_leader(&self.shard));
+                    }
+                    self.tell_frontiers(replies, shutdown).await?;
+                }
             }
         }
     }
@@ -131,7 +143,11 @@ impl Feed {
     }
 
     /// Sends what is committed and not sent, as far as the byte budget goes.
-    async fn send_changes(&mut self, replies: &Replies) -> Result<(), Status> {
+    async fn send_changes(
+        &mut self,
+        replies: &Replies,
+        shutdown: &CancellationToken,
+    ) -> Result<(), Status> {
         for (&namespace, subscription) in &mut self.subscriptions {
             while !subscription.trimmed
                 && subscription.in_flight_bytes < self.config.in_flight_bytes_max
@@ -143,6 +159,8 @@ impl Feed {
                 ) {
                     Ok(Some(changes)) => {
                         let namespace = namespace.0;
+                        let bytes: usize = changes.iter().map(Bytes::len).sum();
+                        self.statuses.count_sent(self.peer, bytes as u64);
                         pb::pull_response::Body::Changes(pb::Changes { namespace, changes })
                     }
                     Ok(None) => break,
@@ -157,14 +175,18 @@ impl Feed {
                         return Err(Status::internal(format!("the change log: {error}")));
                     }
                 };
-                reply(replies, body).await?;
+                reply(replies, body, shutdown).await?;
             }
         }
         Ok(())
     }
 
     /// Tells frontiers that moved, and now and then those that did not.
-    async fn tell_frontiers(&mut self, replies: &Replies) -> Result<(), Status> {
+    async fn tell_frontiers(
+        &mut self,
+        replies: &Replies,
+        shutdown: &CancellationToken,
+    ) -> Result<(), Status> {
         let now = Instant::now();
         for (&namespace, subscription) in &mut self.subscriptions {
             let frontier = self.shard.frontier(namespace);
@@ -177,7 +199,8 @@ impl Feed {
                     frontier: wire::encode_frontier(&frontier),
                     time: self.shard.clock().now().to_bits(),
                 };
-                reply(replies, pb::pull_response::Body::Heartbeat(heartbeat)).await?;
+                let body = pb::pull_response::Body::Heartbeat(heartbeat);
+                reply(replies, body, shutdown).await?;
                 subscription.told = Some((frontier, now));
             }
         }
@@ -185,9 +208,18 @@ impl Feed {
     }
 }
 
-async fn reply(replies: &Replies, body: pb::pull_response::Body) -> Result<(), Status> {
-    let sent = replies.send(Ok(pb::PullResponse { body: Some(body) })).await;
-    sent.map_err(|_| Status::cancelled("the peer went away"))
+/// Sends a message, and waits as long as the peer does not read, but not through a shutdown.
+async fn reply(
+    replies: &Replies,
+    body: pb::pull_response::Body,
+    shutdown: &CancellationToken,
+) -> Result<(), Status> {
+    let sent = replies.send(Ok(pb::PullResponse { body: Some(body) }));
+    match shutdown.run_until_cancelled(sent).await {
+        Some(Ok(())) => Ok(()),
+        Some(Err(_)) => Err(Status::cancelled("the peer went away")),
+        None => Err(Status::unavailable("the node is stopping")),
+    }
 }
 
 /// Why there is no next batch.

@@ -29,7 +29,7 @@ pub use channels::LinkChannels;
 pub use config::ReplicationConfig;
 pub use links::Links;
 pub use server::{CatalogChange, CatalogChanges, LinkServer};
-pub use status::{LinkKey, LinkPhase, LinkStatus, LinkStatuses};
+pub use status::{LinkKey, LinkPhase, LinkStatus, LinkStatuses, Traffic};
 pub use wire::link_identity;
 
 /// The version of the link protocol that this build speaks.

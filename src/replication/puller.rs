@@ -23,7 +23,7 @@ use tombolo_core::{
     namespace::Namespace,
 };
 use tombolo_proto::internal::v1::{self as pb, link_service_client::LinkServiceClient};
-use tombolo_shard::{Shard, ShardError};
+use tombolo_shard::{Consistency, Shard, ShardError};
 use tonic::{Code, Status, Streaming, codec::CompressionEncoding};
 
 use crate::{
@@ -58,9 +58,9 @@ enum PullError {
     /// Try again after a pause.
     #[error("{0}")]
     Broken(String),
-    /// This node does not lead the shard any more.
-    #[error("this node lost the shard's leadership")]
-    LeadershipLost,
+    /// This node's replica has ended.
+    #[error("this node's replica of the shard has stopped")]
+    Stopped,
 }
 
 impl Puller {
@@ -71,15 +71,19 @@ impl Puller {
         let mut place = 0;
         while !shutdown.is_cancelled() {
             let address = &self.peer.link_addresses[place % self.peer.link_addresses.len()];
-            let mut streamed = false;
-            let ended = shutdown.run_until_cancelled(self.pull(address, &mut streamed)).await;
+            let (mut progress, began) = (Progress::None, Instant::now());
+            let ended = shutdown.run_until_cancelled(self.pull(address, &mut progress)).await;
             let Some(Err(error)) = ended else { break };
+            let streamed = progress != Progress::None;
             if streamed {
-                backoff.reset();
                 refused_in_a_row = 0;
             }
+            // A stream that opens and fails at once must not be tried again and again without rest.
+            if progress == Progress::Applied || began.elapsed() > self.config.retry_max {
+                backoff.reset();
+            }
             let pause = match &error {
-                PullError::LeadershipLost => break,
+                PullError::Stopped => break,
                 PullError::TryNext(_) if refused_in_a_row + 1 < self.peer.link_addresses.len() => {
                     refused_in_a_row += 1;
                     Duration::ZERO
@@ -133,9 +137,14 @@ impl Puller {
         namespaces
     }
 
-    async fn pull(&self, address: &str, streamed: &mut bool) -> Result<(), PullError> {
+    async fn pull(&self, address: &str, progress: &mut Progress) -> Result<(), PullError> {
+        // A new leader may not have applied yet what its region acknowledged to the peer.
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
+        let current =
+            self.shard.prepare_read(NamespaceId::CATALOG, &Consistency::Linearizable, deadline);
+        current.await.map_err(|error| broken(&format!("not ready to pull: {error}")))?;
         let (requests, stream) = self.open(address).await?;
-        *streamed = true;
+        *progress = Progress::Opened;
         tracing::info!(
             shard = %self.shard.id(),
             peer = %self.peer.name,
@@ -147,7 +156,9 @@ impl Puller {
             requests,
             lanes: BTreeMap::new(),
             ingest: None,
+            served: NamespaceId::CATALOG,
             moved: Instant::now(),
+            progress,
         }
         .run(stream)
         .await
@@ -214,8 +225,19 @@ struct Stream<'a> {
     lanes: BTreeMap<NamespaceId, Lane>,
     /// The batch on its way through Raft.
     ingest: Option<BoxFuture<'static, (NamespaceId, Result<Ingested, ShardError>)>>,
+    /// Whose batch was ingested last: the next one is another's, if there is one.
+    served: NamespaceId,
     /// When a frontier moved last, or there was nothing to move for.
     moved: Instant,
+    progress: &'a mut Progress,
+}
+
+/// How far a stream came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    None,
+    Opened,
+    Applied,
 }
 
 /// One namespace of a stream.
@@ -226,6 +248,8 @@ struct Lane {
     peer_frontier: VersionVector,
     /// What the peer was told that is applied here.
     acknowledged: VersionVector,
+    /// Up to where the peer's change log is gone, if that is past what is applied here.
+    trimmed: Option<VersionVector>,
 }
 
 impl Stream<'_> {
@@ -258,14 +282,15 @@ impl Stream<'_> {
                     }
                 }
                 changed = applied.changed(), if held_back => {
-                    changed.map_err(|_| PullError::LeadershipLost)?;
+                    changed.map_err(|_| PullError::Stopped)?;
                 }
                 changed = versions.changed() => {
-                    changed.map_err(|_| PullError::LeadershipLost)?;
+                    changed.map_err(|_| PullError::Stopped)?;
                     self.subscribe().await?;
                 }
                 _ = ticks.tick() => {
                     self.acknowledge_all().await?;
+                    self.begin_untrimmed().await?;
                     self.watch(heard)?;
                 }
             }
@@ -299,6 +324,7 @@ impl Stream<'_> {
             pending: Pending::default(),
             peer_frontier: VersionVector::new(),
             acknowledged: frontier,
+            trimmed: None,
         };
         self.lanes.insert(id, lane);
         self.puller.statuses.update(self.puller.key(id), |status| {
@@ -306,6 +332,25 @@ impl Stream<'_> {
             status.last_error = None;
             status.next_retry = None;
         });
+        Ok(())
+    }
+
+    /// Begins again where the peer's change log had seemed to be gone: what lacks may have come by
+    /// another way meanwhile.
+    async fn begin_untrimmed(&mut self) -> Result<(), PullError> {
+        let shard = &self.puller.shard;
+        let again: Vec<_> = self
+            .lanes
+            .iter()
+            .filter(|(id, lane)| {
+                let frontier = || shard.frontier(**id);
+                lane.trimmed.as_ref().is_some_and(|trimmed| frontier().covers_all(trimmed))
+            })
+            .map(|(_, lane)| Arc::clone(&lane.namespace))
+            .collect();
+        for namespace in again {
+            self.begin(namespace).await?;
+        }
         Ok(())
     }
 
@@ -324,6 +369,10 @@ impl Stream<'_> {
             }
             Some(pb::pull_response::Body::Trimmed(trimmed)) => {
                 let id = NamespaceId(trimmed.namespace);
+                let trimmed = wire::decode_frontier(trimmed.trimmed)
+                    .map_err(|status| broken(status.message()))?;
+                let Some(lane) = self.lanes.get_mut(&id) else { return Ok(()) };
+                lane.trimmed = Some(trimmed);
                 self.puller.statuses.update(self.puller.key(id), |status| {
                     status.phase = LinkPhase::Blocked;
                     status.last_error = Some(
@@ -360,6 +409,7 @@ impl Stream<'_> {
             bytes += size as u64;
             lane.pending.push(change, size);
         }
+        self.puller.statuses.count_received(self.puller.peer.id, bytes);
         self.puller.statuses.update(self.puller.key(id), |status| {
             status.received_events += events;
             status.received_bytes += bytes;
@@ -380,13 +430,20 @@ impl Stream<'_> {
             return;
         }
         let shard = &self.puller.shard;
-        for (&id, lane) in &mut self.lanes {
+        let config = &self.puller.config;
+        let bytes_max = config.batch_bytes_max.min(shard.group().command_bytes_max() / 2);
+        // In turn, beginning after the last one, so that a long backlog of one starves no other.
+        let last = self.served;
+        let (before, after): (Vec<_>, Vec<_>) =
+            self.lanes.iter_mut().partition(|(id, _)| **id <= last);
+        for (&id, lane) in after.into_iter().chain(before) {
             if lane.pending.is_empty() {
                 continue;
             }
             let frontier = shard.frontier(id);
-            let ready = lane.pending.take_ready(&frontier, self.puller.config.batch_bytes_max);
+            let ready = lane.pending.take_ready(&frontier, bytes_max);
             if !ready.is_empty() {
+                self.served = id;
                 let (shard, namespace) = (shard.clone(), Arc::clone(&lane.namespace));
                 self.ingest = Some(Box::pin(async move {
                     let deadline = Instant::now() + INGEST_TIMEOUT;
@@ -404,11 +461,14 @@ impl Stream<'_> {
     ) -> Result<(), PullError> {
         let ingested = match result {
             Ok(ingested) => ingested,
-            Err(ShardError::NotLeader { .. }) => return Err(PullError::LeadershipLost),
-            // Whatever became of the batch, the frontier knows: begin again from it.
+            // Whatever became of the batch, the frontier knows: begin again from it. Also when
+            // this node cannot prove just now that it leads: if it does not, `shutdown` fires.
             Err(error) => return Err(broken(&format!("ingesting failed: {error}"))),
         };
         self.moved = Instant::now();
+        if ingested.applied > 0 {
+            *self.progress = Progress::Applied;
+        }
         match ingested.stopped {
             None | Some(Stopped::Dependency) => {}
             Some(Stopped::Gap) => return Err(broken("the stream has a gap")),

@@ -15,8 +15,9 @@ use tombolo_shard::{Shard, Shards};
 use tonic::{Request, Response, Status, Streaming, codec::CompressionEncoding};
 
 use crate::{
-    config::{CONNECT_TIMEOUT, ReplicationConfig, STREAM_MESSAGES_MAX},
+    config::{CONNECT_TIMEOUT, QUORUM_AGE_MAX, ReplicationConfig, STREAM_MESSAGES_MAX},
     feed::Feed,
+    status::LinkStatuses,
     wire::{check_identity, link_identity},
 };
 
@@ -50,6 +51,7 @@ pub trait CatalogChanges: Send + Sync + 'static {
 pub struct LinkServer {
     shards: Shards,
     config: ReplicationConfig,
+    statuses: Arc<LinkStatuses>,
     catalog: Arc<dyn CatalogChanges>,
     shutdown: CancellationToken,
     tasks: TaskTracker,
@@ -63,11 +65,12 @@ impl LinkServer {
     pub fn new(
         shards: Shards,
         config: ReplicationConfig,
+        statuses: Arc<LinkStatuses>,
         catalog: Arc<dyn CatalogChanges>,
         shutdown: CancellationToken,
         tasks: TaskTracker,
     ) -> Self {
-        Self { shards, config, catalog, shutdown, tasks }
+        Self { shards, config, statuses, catalog, shutdown, tasks }
     }
 
     /// The tonic service.
@@ -83,7 +86,8 @@ impl LinkServer {
             .ok()
             .and_then(|number| self.shards.get(ShardId(number)))
             .ok_or_else(|| Status::invalid_argument(format!("there is no shard {number}")))?;
-        if shard.is_leader() { Ok(shard) } else { Err(not_leader(shard)) }
+        let leads = shard.is_leader() && shard.group().has_quorum(QUORUM_AGE_MAX);
+        if leads { Ok(shard) } else { Err(not_leader(shard)) }
     }
 }
 
@@ -131,8 +135,13 @@ impl LinkService for LinkServer {
         let opened = pb::PullResponse { body: Some(pb::pull_response::Body::Opened(opened)) };
         // The channel is new and has room.
         let _ = replies.try_send(Ok(opened));
-        let feed =
-            Feed { shard, peer, config: self.config.clone(), subscriptions: Default::default() };
+        let feed = Feed {
+            shard,
+            peer,
+            config: self.config.clone(),
+            statuses: Arc::clone(&self.statuses),
+            subscriptions: Default::default(),
+        };
         self.tasks.spawn(feed.run(requests, replies, self.shutdown.clone()));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }

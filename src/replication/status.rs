@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, time::SystemTime};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tombolo_core::{NamespaceId, RegionId, ShardId};
 
 /// One link: what one shard pulls of one namespace from one region.
@@ -41,7 +41,16 @@ pub struct LinkStatus {
     pub next_retry: Option<SystemTime>,
     /// Events received.
     pub received_events: u64,
-    /// Bytes received, before decompression is undone.
+    /// Bytes received, before compression.
+    pub received_bytes: u64,
+}
+
+/// Bytes of changes exchanged with a region since the process started, before compression.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// From here to there.
+    pub sent_bytes: u64,
+    /// From there to here.
     pub received_bytes: u64,
 }
 
@@ -49,12 +58,26 @@ pub struct LinkStatus {
 #[derive(Debug, Default)]
 pub struct LinkStatuses {
     links: RwLock<BTreeMap<LinkKey, LinkStatus>>,
+    traffic: Mutex<BTreeMap<RegionId, Traffic>>,
 }
 
 impl LinkStatuses {
     /// All links, in order.
     pub fn all(&self) -> Vec<(LinkKey, LinkStatus)> {
         self.links.read().iter().map(|(&key, status)| (key, status.clone())).collect()
+    }
+
+    /// What was exchanged with a region, by all shards that this node leads or led.
+    pub fn traffic(&self, peer: RegionId) -> Traffic {
+        self.traffic.lock().get(&peer).copied().unwrap_or_default()
+    }
+
+    pub(crate) fn count_sent(&self, peer: RegionId, bytes: u64) {
+        self.traffic.lock().entry(peer).or_default().sent_bytes += bytes;
+    }
+
+    pub(crate) fn count_received(&self, peer: RegionId, bytes: u64) {
+        self.traffic.lock().entry(peer).or_default().received_bytes += bytes;
     }
 
     /// Changes one link's status.

@@ -142,6 +142,10 @@ pub(crate) fn encode_dot(dot: Dot) -> pb::Dot {
 fn decode_dot(dot: pb::Dot) -> Result<Dot, Status> {
     let region = u16::try_from(dot.region)
         .map_err(|_| Reason::RequestInvalid.status("a dot's region exceeds 65535", &[]))?;
+    if dot.seq == 0 {
+        let text = "a dot's seq is 0, and sequence numbers begin at 1; was the field left out?";
+        return Err(Reason::RequestInvalid.status(text, &[]));
+    }
     let actor = Actor { region: RegionId(region), incarnation: dot.incarnation };
     Ok(Dot { actor, seq: dot.seq })
 }

@@ -146,6 +146,7 @@ async fn metrics_hold_every_documented_name_and_no_other() {
         metrics.set_link("eu", &link);
         metrics.set_raft_log(&RaftLogNumbers { syncs: 5, ..Default::default() });
         metrics.set_rocksdb(&RocksNumbers { sst_bytes: 99, ..Default::default() });
+        metrics.set_disk(77, true);
     }));
     server.state.metrics.rpc("/tombolo.v1.KvService/Get").finish(Code::Ok, None);
 
@@ -176,6 +177,8 @@ async fn metrics_hold_every_documented_name_and_no_other() {
         "tombolo_replication_sent_bytes_total{peer_region=\"eu\"} 10",
         "tombolo_raft_log_syncs_total 5",
         "tombolo_rocksdb_sst_bytes 99",
+        "tombolo_disk_free_bytes 77",
+        "tombolo_disk_short 1",
     ] {
         assert!(body.contains(line), "{line} is not in:\n{body}");
     }

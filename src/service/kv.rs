@@ -28,6 +28,9 @@ use crate::{
     status::{not_implemented, of_key_error},
 };
 
+/// Largest answer of another node: a failed commit shows up to 128 values.
+const FORWARDED_BYTES_MAX: usize = 192 << 20;
+
 /// Serves keys.
 #[derive(Clone)]
 pub struct KvApi {
@@ -101,7 +104,10 @@ impl KvApi {
     async fn write(&self, prepared: &Prepared, call: Call) -> Result<WriteReply, Status> {
         let Prepared { namespace, shard, session, .. } = prepared;
         let to_status = |error| self.gateway.status(error);
-        if let Some(seen) = session.seen(namespace.id, shard.id()) {
+        // A node that does not lead forwards: the leader may have it already.
+        if let Some(seen) = session.seen(namespace.id, shard.id())
+            && shard.is_leader()
+        {
             shard.wait_applied(namespace.id, seen, call.deadline).await.map_err(to_status)?;
         }
         let request = WriteRequest {
@@ -390,28 +396,31 @@ impl KvService for KvApi {
         }
         let mut session = self.gateway.session(&message.session_token)?;
         let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
-        let shards: BTreeMap<ShardId, &Shard> = message
-            .keys
-            .iter()
-            .map(|key| self.gateway.shards().of_key(key))
-            .map(|shard| (shard.id(), shard))
-            .collect();
-        try_join_all(shards.values().map(|shard| {
+        // Where each key of a shard stands in the request.
+        let mut shards: BTreeMap<ShardId, (&Shard, Vec<usize>)> = BTreeMap::new();
+        for (place, key) in message.keys.iter().enumerate() {
+            let shard = self.gateway.shards().of_key(key);
+            shards.entry(shard.id()).or_insert((shard, Vec::new())).1.push(place);
+        }
+        try_join_all(shards.values().map(|(shard, _)| {
             self.ready(shard, &namespace, message.consistency, &session, call.deadline)
         }))
         .await?;
 
         let scope = self.gateway.scope(namespace.id);
-        let mut results = Vec::with_capacity(message.keys.len());
-        for key in message.keys {
-            let shard = self.gateway.shards().of_key(&key);
-            let record =
-                shard.record(namespace.id, &key).map_err(|error| self.gateway.status(error))?;
-            if let Some(record) = &record {
-                session.observe(namespace.id, shard.id(), record.context());
+        let mut results = vec![pb::KeyResult::default(); message.keys.len()];
+        for (shard, places) in shards.into_values() {
+            let keys: Vec<Bytes> = places.iter().map(|&at| message.keys[at].clone()).collect();
+            // One moment of the shard: an atomic commit is seen whole or not at all.
+            let records = shard.records(namespace.id, &keys);
+            let records = records.map_err(|error| self.gateway.status(error))?;
+            for ((key, record), place) in keys.into_iter().zip(records).zip(places) {
+                if let Some(record) = &record {
+                    session.observe(namespace.id, shard.id(), record.context());
+                }
+                let (versions, context) = scope.versions(&key, record.as_ref(), message.keys_only);
+                results[place] = pb::KeyResult { key, versions, context };
             }
-            let (versions, context) = scope.versions(&key, record.as_ref(), message.keys_only);
-            results.push(pb::KeyResult { key, versions, context });
         }
         let session_token = session.encode(self.gateway.cluster());
         Ok(Response::new(pb::BatchGetResponse { results, session_token }))
@@ -463,7 +472,8 @@ impl KvService for KvApi {
                 |channel, metadata| {
                     let message = message.clone();
                     async move {
-                        let mut client = KvServiceClient::new(channel);
+                        let mut client = KvServiceClient::new(channel)
+                            .max_decoding_message_size(FORWARDED_BYTES_MAX);
                         Ok(client.put(with_metadata(message, metadata)).await?.into_inner())
                     }
                 },
@@ -499,7 +509,8 @@ impl KvService for KvApi {
                 |channel, metadata| {
                     let message = message.clone();
                     async move {
-                        let mut client = KvServiceClient::new(channel);
+                        let mut client = KvServiceClient::new(channel)
+                            .max_decoding_message_size(FORWARDED_BYTES_MAX);
                         Ok(client.delete(with_metadata(message, metadata)).await?.into_inner())
                     }
                 },
@@ -532,7 +543,8 @@ impl KvService for KvApi {
                 |channel, metadata| {
                     let message = message.clone();
                     async move {
-                        let mut client = KvServiceClient::new(channel);
+                        let mut client = KvServiceClient::new(channel)
+                            .max_decoding_message_size(FORWARDED_BYTES_MAX);
                         Ok(client.commit(with_metadata(message, metadata)).await?.into_inner())
                     }
                 },

@@ -127,6 +127,10 @@ descriptions! {
         "Flushes at work"
     ROCKSDB_STOPPED Gauge "tombolo_rocksdb_write_stopped" []
         "1 while RocksDB refuses writes because compaction is behind"
+    DISK_FREE Gauge "tombolo_disk_free_bytes" []
+        "Space that the node may still use on its data directory's file system"
+    DISK_SHORT Gauge "tombolo_disk_short" []
+        "1 while writes are refused because the disk is nearly full"
     PROCESS_CPU Counter "process_cpu_seconds_total" []
         "User and system CPU time of the process"
     PROCESS_RSS Gauge "process_resident_memory_bytes" []
@@ -247,6 +251,8 @@ pub struct Metrics {
     rocksdb_compactions: GaugeU64,
     rocksdb_flushes: GaugeU64,
     rocksdb_stopped: GaugeU64,
+    disk_free: GaugeU64,
+    disk_short: GaugeU64,
     process: ProcessMetrics,
 }
 
@@ -289,6 +295,8 @@ impl Metrics {
             rocksdb_compactions: register(r, &ROCKSDB_COMPACTIONS),
             rocksdb_flushes: register(r, &ROCKSDB_FLUSHES),
             rocksdb_stopped: register(r, &ROCKSDB_STOPPED),
+            disk_free: register(r, &DISK_FREE),
+            disk_short: register(r, &DISK_SHORT),
             process: ProcessMetrics {
                 cpu: register(r, &PROCESS_CPU),
                 resident: register(r, &PROCESS_RSS),
@@ -346,6 +354,11 @@ impl Metrics {
         self.replication_backlog.get_or_create(&labels).set(numbers.backlog_ops);
         raise(&self.replication_sent.get_or_create(&labels), numbers.sent_bytes);
         raise(&self.replication_received.get_or_create(&labels), numbers.received_bytes);
+    }
+
+    pub fn set_disk(&self, free_bytes: u64, is_short: bool) {
+        self.disk_free.set(free_bytes);
+        self.disk_short.set(is_short.into());
     }
 
     pub fn set_raft_log(&self, numbers: &RaftLogNumbers) {

@@ -40,7 +40,7 @@ pub(crate) struct ScanStream {
     reverse: bool,
     keys_only: bool,
     request_hash: u32,
-    session_token: Bytes,
+    session: SessionToken,
 }
 
 /// One shard's part of a scan.
@@ -57,7 +57,7 @@ impl ScanStream {
         gateway: Arc<Gateway>,
         namespace: Arc<Namespace>,
         message: pb::ScanRequest,
-        mut session: SessionToken,
+        session: SessionToken,
     ) -> Result<impl Stream<Item = Result<pb::ScanResponse, Status>> + Send, Status> {
         for bound in [&message.start_key, &message.end_key, &message.prefix] {
             if bound.len() > KEY_BYTES_MAX {
@@ -69,9 +69,6 @@ impl ScanStream {
         }
         let request_hash = hash_of(&message);
         let range = range_of(&message, request_hash)?;
-        for shard in gateway.shards().iter() {
-            session.observe(namespace.id, shard.id(), &shard.frontier(namespace.id));
-        }
         let source = |shard: &Shard| Source {
             shard: shard.clone(),
             next: range.clone(),
@@ -79,7 +76,7 @@ impl ScanStream {
         };
         let scan = Self {
             sources: gateway.shards().iter().map(source).collect(),
-            session_token: session.encode(gateway.cluster()),
+            session,
             left: if message.limit == 0 { u64::MAX } else { message.limit },
             reverse: message.reverse,
             keys_only: message.keys_only,
@@ -94,9 +91,10 @@ impl ScanStream {
 
     async fn run(mut self, replies: mpsc::Sender<Result<pb::ScanResponse, Status>>) {
         loop {
-            let reply = match self.next_reply().await {
-                Ok(reply) => Ok(reply),
-                Err(error) => Err(self.gateway.status(error)),
+            // Reading may take long where there is little to show; nobody may be waiting any more.
+            let reply = tokio::select! {
+                reply = self.next_reply() => reply.map_err(|error| self.gateway.status(error)),
+                () = replies.closed() => return,
             };
             let last = reply.as_ref().map_or(true, |reply| reply.page_token.is_empty());
             let stopped = replies.send(reply).await.is_err();
@@ -128,7 +126,12 @@ impl ScanStream {
             }
             Some(_) | None => Bytes::new(),
         };
-        let session_token = self.session_token.clone();
+        // As of now, which is not before any page was read: it covers all that was shown.
+        for shard in self.gateway.shards().iter() {
+            let frontier = shard.frontier(self.namespace.id);
+            self.session.observe(self.namespace.id, shard.id(), &frontier);
+        }
+        let session_token = self.session.encode(self.gateway.cluster());
         Ok(pb::ScanResponse { results, page_token, session_token })
     }
 

@@ -30,6 +30,13 @@ pub(crate) fn of_shard_error(topology: &Topology, error: ShardError) -> Status {
             Reason::OutcomeUnknown.status(text, &of_shard(shard))
         }
         ShardError::Overloaded { shard } => Reason::Overloaded.status(text, &of_shard(shard)),
+        ShardError::RequestReused { shard } => {
+            Reason::RequestIdInvalid.status(text, &of_shard(shard))
+        }
+        ShardError::Unreadable { shard, .. } => {
+            Reason::RequestInvalid.status(text, &of_shard(shard))
+        }
+        ShardError::DiskFull { shard, .. } => Reason::DiskFull.status(text, &of_shard(shard)),
         ShardError::NotCaughtUp { shard, needed, frontier } => {
             let behind = needed.events_beyond(&frontier);
             Reason::SessionNotCaughtUp.status(

@@ -38,16 +38,18 @@ const PROPOSAL_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Collector {
     shards: Shards,
     config: CollectConfig,
+    /// Requests executed before this may be forgotten, and when that was found.
+    horizon: Option<(HybridTime, Instant)>,
 }
 
 impl Collector {
     /// A collector for `shards`.
     pub fn new(shards: Shards, config: CollectConfig) -> Self {
-        Self { shards, config }
+        Self { shards, config, horizon: None }
     }
 
     /// Collects until `shutdown` fires.
-    pub async fn run(self, shutdown: CancellationToken) {
+    pub async fn run(mut self, shutdown: CancellationToken) {
         let mut ticks = tokio::time::interval(self.config.interval);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -57,8 +59,9 @@ impl Collector {
                 () = shutdown.cancelled() => return,
                 _ = ticks.tick() => {}
             }
+            let horizon = self.move_horizon();
             for shard in self.shards.iter().filter(|shard| shard.is_leader()) {
-                if let Err(error) = self.collect(shard).await {
+                if let Err(error) = self.collect(shard, horizon).await {
                     // A lost leader or a slow majority: the next look tries again.
                     tracing::debug!(shard = %shard.id(), %error, "collection postponed");
                 }
@@ -66,9 +69,29 @@ impl Collector {
         }
     }
 
-    async fn collect(&self, shard: &Shard) -> Result<(), ShardError> {
+    /// The time before which requests may be forgotten. It moves at most twice as fast as this
+    /// machine's steady clock, so that a jump of the wall clock does not forget them all at once.
+    fn move_horizon(&mut self) -> HybridTime {
+        let now = Instant::now();
+        let back = |time: HybridTime, by: Duration| {
+            time.physical_ms().saturating_sub(u64::try_from(by.as_millis()).unwrap_or(u64::MAX))
+        };
+        let wall_ms = back(self.shards.clock().now(), self.config.request_retention);
+        let ms = match self.horizon {
+            None => wall_ms,
+            Some((last, at)) => {
+                let steps = u64::try_from(now.duration_since(at).as_millis()).unwrap_or(u64::MAX);
+                wall_ms.min(last.physical_ms().saturating_add(steps.saturating_mul(2)))
+            }
+        };
+        let horizon = HybridTime::new(ms, 0).unwrap_or(HybridTime::ZERO);
+        self.horizon = Some((horizon, now));
+        horizon
+    }
+
+    async fn collect(&self, shard: &Shard, horizon: HybridTime) -> Result<(), ShardError> {
         self.trim_change_log(shard).await?;
-        self.forget_requests(shard).await
+        self.forget_requests(shard, horizon).await
     }
 
     async fn trim_change_log(&self, shard: &Shard) -> Result<(), ShardError> {
@@ -83,13 +106,14 @@ impl Collector {
         Ok(())
     }
 
-    async fn forget_requests(&self, shard: &Shard) -> Result<(), ShardError> {
-        let retention_ms =
-            u64::try_from(self.config.request_retention.as_millis()).unwrap_or(u64::MAX);
-        let before_ms = shard.clock().now().physical_ms().saturating_sub(retention_ms);
-        let before = HybridTime::new(before_ms, 0).unwrap_or(HybridTime::ZERO);
+    async fn forget_requests(&self, shard: &Shard, before: HybridTime) -> Result<(), ShardError> {
         for _ in 0..COMMANDS_PER_LOOK {
-            let expired = shard.store().expired_requests(before, REQUESTS_PER_COMMAND)?;
+            let store = shard.store().clone();
+            let search = move || store.expired_requests(before, REQUESTS_PER_COMMAND);
+            let expired = match tokio::task::spawn_blocking(search).await {
+                Ok(expired) => expired?,
+                Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+            };
             if expired.is_empty() {
                 break;
             }

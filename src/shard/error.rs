@@ -1,7 +1,7 @@
 //! Why a shard did not do what was asked. Each variant asks the caller for one action.
 
 use tombolo_consensus::{ProposeError, ReadError};
-use tombolo_core::{NodeId, ShardId, VersionVector};
+use tombolo_core::{DecodeError, NodeId, ShardId, VersionVector};
 use tombolo_storage::StorageError;
 
 /// Why a shard did not do what was asked.
@@ -35,6 +35,19 @@ pub enum ShardError {
         /// The shard.
         shard: ShardId,
     },
+    /// The leader's disk is nearly full. Nothing was done.
+    #[error(
+        "the disk of the node that leads shard {shard} is nearly full: {free_bytes} bytes free, \
+         and storage.reserve_bytes is {reserve_bytes}"
+    )]
+    DiskFull {
+        /// The shard.
+        shard: ShardId,
+        /// What is free.
+        free_bytes: u64,
+        /// What must stay free.
+        reserve_bytes: u64,
+    },
     /// This region has not applied what the caller has seen elsewhere.
     #[error("shard {shard} has applied {frontier} and the caller has seen {needed}")]
     NotCaughtUp {
@@ -58,6 +71,20 @@ pub enum ShardError {
         shard: ShardId,
         /// How large, and the limit.
         reason: String,
+    },
+    /// The request's id was used for another write. Nothing was done.
+    #[error("the request id was used for another write to shard {shard}")]
+    RequestReused {
+        /// The shard.
+        shard: ShardId,
+    },
+    /// The command has a value that replicas refuse. Nothing was done.
+    #[error("the request to shard {shard} has a value that cannot be stored: {error}")]
+    Unreadable {
+        /// The shard.
+        shard: ShardId,
+        /// What the replicas would have said.
+        error: DecodeError,
     },
     /// This replica has stopped.
     #[error("the replica of shard {shard} on this node has stopped")]

@@ -14,6 +14,7 @@
 mod clock;
 mod collect;
 mod error;
+mod headroom;
 mod peers;
 mod read;
 mod shard;
@@ -23,6 +24,7 @@ mod write;
 pub use clock::Clock;
 pub use collect::{CollectConfig, Collector};
 pub use error::ShardError;
+pub use headroom::Headroom;
 pub use peers::PeerFrontiers;
 pub use read::{Consistency, end_of_prefix};
 pub use shard::{Revision, Shard};

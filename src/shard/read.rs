@@ -68,6 +68,18 @@ impl Shard {
         Ok(self.inner.store.record(namespace, key)?)
     }
 
+    /// The records of several keys on this replica, all as of one moment.
+    ///
+    /// # Errors
+    /// If the data cannot be read.
+    pub fn records(
+        &self,
+        namespace: NamespaceId,
+        keys: &[Bytes],
+    ) -> Result<Vec<Option<Record>>, ShardError> {
+        Ok(self.inner.store.records(namespace, keys)?)
+    }
+
     /// A page of records in key order on this replica.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use tombolo_consensus::Group;
 use tombolo_core::{NamespaceId, NodeId, ShardId, VersionVector};
 use tombolo_storage::ShardStore;
 
-use crate::{clock::Clock, error::ShardError, peers::PeerFrontiers};
+use crate::{clock::Clock, error::ShardError, headroom::Headroom, peers::PeerFrontiers};
 
 /// A position in a shard's history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +33,7 @@ pub(crate) struct Inner {
     pub(crate) group: Group,
     pub(crate) store: ShardStore,
     pub(crate) clock: Arc<Clock>,
+    pub(crate) headroom: Arc<Headroom>,
     pub(crate) topology: Arc<Topology>,
     pub(crate) peers: PeerFrontiers,
     /// When the last confirmed read barrier was asked for.
@@ -46,11 +47,13 @@ impl Shard {
         group: Group,
         store: ShardStore,
         clock: Arc<Clock>,
+        headroom: Arc<Headroom>,
         topology: Arc<Topology>,
     ) -> Self {
         let peers = PeerFrontiers::default();
         let last_barrier = Mutex::new(None);
-        Self { inner: Arc::new(Inner { id, group, store, clock, topology, peers, last_barrier }) }
+        let inner = Inner { id, group, store, clock, headroom, topology, peers, last_barrier };
+        Self { inner: Arc::new(inner) }
     }
 
     /// Its number.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use tombolo_cluster::{Catalog, Namespaces, Topology};
 use tombolo_core::{NamespaceId, ShardId, namespace::Namespace};
@@ -15,6 +16,7 @@ pub struct Shards {
     shards: Arc<[Shard]>,
     topology: Arc<Topology>,
     catalog: Catalog,
+    reading_catalog: Arc<Mutex<()>>,
 }
 
 /// Namespaces read from the catalog at a time.
@@ -24,7 +26,8 @@ const CATALOG_PAGE_BYTES: usize = 1 << 20;
 impl Shards {
     /// The shards, in order of their numbers.
     pub fn new(shards: Vec<Shard>, topology: Arc<Topology>) -> Self {
-        Self { shards: shards.into(), topology, catalog: Catalog::default() }
+        let reading_catalog = Arc::default();
+        Self { shards: shards.into(), topology, catalog: Catalog::default(), reading_catalog }
     }
 
     /// The topology.
@@ -67,6 +70,8 @@ impl Shards {
     /// # Errors
     /// If the replica's data cannot be read.
     pub fn reload_catalog(&self) -> Result<(), ShardError> {
+        // One at a time: a slower reader must not publish an older catalog over a newer one.
+        let _reading = self.reading_catalog.lock();
         let shard = self.catalog_shard();
         let now = shard.clock().now();
         let mut found = Vec::new();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 use tombolo_core::{
-    Change, Command, NamespaceId, Outcome, RequestId, VersionVector,
+    Change, Command, Content, NamespaceId, Outcome, RequestId, VersionVector,
     command::{Check, FailedCheck, Ingest, Ingested, Operation, Trim, Write, Written},
     namespace::Namespace,
 };
@@ -58,6 +58,7 @@ impl Shard {
         request: WriteRequest,
         deadline: Instant,
     ) -> Result<WriteReply, ShardError> {
+        self.check_headroom(&request)?;
         let mut write = Write {
             namespace: request.namespace.id,
             rule: request.namespace.rule,
@@ -78,6 +79,9 @@ impl Shard {
                     WriteOutcome::Written(results)
                 }
                 Outcome::ChecksFailed(failed) => WriteOutcome::ChecksFailed(failed),
+                Outcome::RequestReused => {
+                    return Err(ShardError::RequestReused { shard: self.inner.id });
+                }
                 Outcome::ContextAhead { needed, .. } => {
                     self.wait_applied(write.namespace, &needed, deadline).await?;
                     write.time = self.inner.clock.stamp();
@@ -101,6 +105,7 @@ impl Shard {
         changes: Vec<Change>,
         deadline: Instant,
     ) -> Result<Ingested, ShardError> {
+        self.inner.headroom.check(self.inner.id)?;
         for change in &changes {
             // A time beyond the bound is applied but never moves the clock.
             if let Err(error) = self.inner.clock.observe(change.time()) {
@@ -144,6 +149,22 @@ impl Shard {
         self.propose(&Command::ForgetRequests(requests), deadline).await.map(|_| ())
     }
 
+    /// Refuses what adds data while this leader's disk is nearly full. A repeat of a request that
+    /// was executed before gets its answer all the same.
+    fn check_headroom(&self, request: &WriteRequest) -> Result<(), ShardError> {
+        let headroom = &self.inner.headroom;
+        let adds = || request.operations.iter().any(|it| it.content != Content::Tombstone);
+        if !headroom.is_short() || !adds() || !self.is_leader() {
+            return Ok(());
+        }
+        if let Some(id) = request.request
+            && self.inner.store.remembers(id)?
+        {
+            return Ok(());
+        }
+        headroom.check(self.inner.id)
+    }
+
     async fn propose(
         &self,
         command: &Command,
@@ -151,6 +172,11 @@ impl Shard {
     ) -> Result<(Outcome, Revision), ShardError> {
         let shard = self.inner.id;
         let bytes = command.to_bytes();
+        // What a replica cannot read stops it, and all of them, for good: never let it in.
+        if let Err(error) = Command::from_bytes(bytes.clone()) {
+            tracing::error!(%shard, %error, ?command, "refused to propose what cannot be read");
+            return Err(ShardError::Unreadable { shard, error });
+        }
         let proposed = self.inner.group.propose(bytes);
         match tokio::time::timeout_at(deadline, proposed).await {
             Ok(Ok(proposed)) => {

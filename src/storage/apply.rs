@@ -10,12 +10,10 @@
 use std::{cell::RefCell, collections::BTreeMap};
 
 use bytes::Bytes;
-use rocksdb::WriteBatch;
+use rocksdb::{WriteBatch, WriteOptions};
 use tombolo_core::{
-    Actor, Change, HybridTime, NamespaceId, Outcome, Record, RequestId, ShardState, VersionVector,
-    command::{Written, decode_written, encode_written},
-    decode_batch, execute,
-    ledger::LedgerEntry,
+    Actor, Change, NamespaceId, Outcome, Record, RequestId, ShardState, VersionVector,
+    command::Remembered, decode_batch, execute, ledger::LedgerEntry,
 };
 
 use crate::{
@@ -54,13 +52,36 @@ impl ShardStore {
     /// names shard and index, if an entry cannot be decoded or executed. Nothing of the run is
     /// applied then, and the replica must stop.
     pub fn apply(&self, run: &[ApplyEntry]) -> Result<Vec<Vec<Outcome>>, StorageError> {
+        let mut applying = self.inner.applying.lock();
+        self.apply_with(run, &mut applying, &self.inner.engine.write_options)
+    }
+
+    /// As [`apply`](Self::apply), but answers `None`, with nothing applied, where that would have
+    /// to wait: while flushes or compactions are behind, or a snapshot is being installed.
+    ///
+    /// # Errors
+    /// As [`apply`](Self::apply).
+    pub fn try_apply(&self, run: &[ApplyEntry]) -> Result<Option<Vec<Vec<Outcome>>>, StorageError> {
+        let Some(mut applying) = self.inner.applying.try_lock() else { return Ok(None) };
+        match self.apply_with(run, &mut applying, &self.inner.engine.no_wait_options) {
+            Ok(outcomes) => Ok(Some(outcomes)),
+            Err(StorageError::WouldWait) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn apply_with(
+        &self,
+        run: &[ApplyEntry],
+        applying: &mut Applying,
+        options: &WriteOptions,
+    ) -> Result<Vec<Vec<Outcome>>, StorageError> {
         let shard = &*self.inner;
-        let mut applying = shard.applying.lock();
         if applying.marks_max < applying.marks.len() {
             *applying = shard.load_applying()?;
         }
         let applied = shard.view.read().applied;
-        let done = Run::new(shard, &mut applying, applied, run).and_then(Run::execute);
+        let done = Run::new(shard, applying, applied, run).and_then(|run| run.execute(options));
         if done.is_err() {
             // May count what was not written; read again if anyone goes on.
             applying.log_ends.clear();
@@ -139,7 +160,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn execute(mut self) -> Result<Vec<Vec<Outcome>>, StorageError> {
+    fn execute(mut self, options: &WriteOptions) -> Result<Vec<Vec<Outcome>>, StorageError> {
         let mut outcomes = Vec::with_capacity(self.entries.len());
         let mut last = None;
         let mut count = 0;
@@ -159,7 +180,7 @@ impl<'a> Run<'a> {
             count += 1;
         }
         if let Some(last) = last {
-            self.write(last, count)?;
+            self.write(last, count, options)?;
         }
         Ok(outcomes)
     }
@@ -186,10 +207,22 @@ impl<'a> Run<'a> {
     }
 
     /// Writes the batch, then lets readers know.
-    fn write(mut self, last: Position, entries: u64) -> Result<(), StorageError> {
+    fn write(
+        mut self,
+        last: Position,
+        entries: u64,
+        options: &WriteOptions,
+    ) -> Result<(), StorageError> {
         for (&namespace, records) in &self.records {
             for (key, record) in records {
                 self.batch.put(self.keys.record(namespace, key), record.to_bytes());
+            }
+        }
+        // In key order, each kind for itself: neighbours in the memtable are found fast.
+        for (&request, stored) in &self.requests {
+            match stored {
+                Some(stored) => self.batch.put(self.keys.dedup(request), stored),
+                None => self.batch.delete(self.keys.dedup(request)),
             }
         }
         for (&namespace, frontier) in &self.frontiers {
@@ -207,7 +240,7 @@ impl<'a> Run<'a> {
         self.batch.put(self.keys.meta(Meta::Applied), last.to_bytes());
 
         let (shard, bytes) = (self.shard, self.batch.size_in_bytes() as u64);
-        let written = shard.engine.db.write_opt(self.batch, &shard.engine.write_options);
+        let written = shard.engine.db.write_opt(self.batch, options);
         written.map_err(|error| shard.engine_error(&error))?;
         shard.engine.counters.add_run(entries, bytes);
 
@@ -333,7 +366,7 @@ impl ShardState for Run<'_> {
         self.batch.put(self.keys.ledger(namespace, &id), entry.to_bytes());
     }
 
-    fn remembered(&self, request: RequestId) -> Result<Option<Vec<Written>>, StorageError> {
+    fn remembered(&self, request: RequestId) -> Result<Option<Remembered>, StorageError> {
         let stored = match self.requests.get(&request) {
             Some(None) => return Ok(None),
             Some(Some(stored)) => stored.clone(),
@@ -348,15 +381,12 @@ impl ShardState for Run<'_> {
                 }
             }
         };
-        let decoded = decode_written(stored);
-        let (_, results) =
-            decoded.map_err(|error| StorageError::value(self.shard.id, "dedup", &error))?;
-        Ok(Some(results))
+        let remembered = Remembered::from_bytes(stored);
+        remembered.map(Some).map_err(|error| StorageError::value(self.shard.id, "dedup", &error))
     }
 
-    fn remember(&mut self, request: RequestId, time: HybridTime, results: &[Written]) {
-        let stored = encode_written(time, results);
-        self.batch.put(self.keys.dedup(request), &stored);
+    fn remember(&mut self, request: RequestId, remembered: &Remembered) {
+        let stored = remembered.to_bytes();
         self.requests.insert(request, Some(stored));
         let mark = self.applying.marks.entry(request.client).or_insert(request.number);
         *mark = request.number.max(*mark);
@@ -366,7 +396,6 @@ impl ShardState for Run<'_> {
         if self.applying.marks.get(&request.client).is_none_or(|&mark| mark < request.number) {
             return;
         }
-        self.batch.delete(self.keys.dedup(request));
         self.requests.insert(request, None);
     }
 }

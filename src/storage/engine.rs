@@ -62,6 +62,8 @@ pub(crate) struct Engine {
     pub(crate) dir: PathBuf,
     pub(crate) cache: Cache,
     pub(crate) write_options: WriteOptions,
+    /// For a caller that must not be held up while flushes or compactions are behind.
+    pub(crate) no_wait_options: WriteOptions,
     pub(crate) counters: Counters,
     /// Open shards, so that each has one set of caches.
     shards: Mutex<BTreeMap<ShardId, Weak<Shard>>>,
@@ -86,11 +88,15 @@ impl Store {
 
         let mut write_options = WriteOptions::new();
         write_options.disable_wal(true);
+        let mut no_wait_options = WriteOptions::new();
+        no_wait_options.disable_wal(true);
+        no_wait_options.set_no_slowdown(true);
         let engine = Engine {
             db,
             dir: dir.to_owned(),
             cache,
             write_options,
+            no_wait_options,
             counters: Counters::default(),
             shards: Mutex::default(),
             receiving: Mutex::default(),

@@ -71,6 +71,9 @@ pub enum StorageError {
         #[source]
         source: io::Error,
     },
+    /// The engine would have had to wait for flushes or compactions; nothing was written.
+    #[error("the data store is behind with flushing and compacting")]
+    WouldWait,
     /// The engine refused; see its words.
     #[error("{}data store: {detail}", shard_prefix(*shard))]
     Engine {
@@ -100,6 +103,7 @@ impl StorageError {
             | Self::ReceiveBusy { .. }
             | Self::SnapshotId { .. }
             | Self::Io { .. }
+            | Self::WouldWait
             | Self::Engine { .. } => false,
         }
     }
@@ -112,6 +116,10 @@ impl StorageError {
         if error.kind() == rocksdb::ErrorKind::Corruption || missing {
             let place = table.unwrap_or_else(|| "the data store".to_owned());
             return Self::Corrupt { shard, place, detail };
+        }
+        // Only writes that asked not to wait are answered so.
+        if error.kind() == rocksdb::ErrorKind::Incomplete {
+            return Self::WouldWait;
         }
         Self::Engine { shard, detail }
     }

@@ -6,7 +6,7 @@
 use bytes::Bytes;
 use tombolo_core::{
     HybridTime, NamespaceId, Record, RequestId,
-    command::decode_written,
+    command::Remembered,
     ledger::{LedgerEntry, LedgerId},
 };
 
@@ -94,6 +94,15 @@ impl ShardStore {
             records.push(value.map(|value| shard.decode_record(&value)).transpose()?);
         }
         Ok(records)
+    }
+
+    /// Whether the outcome of a request is remembered.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn remembers(&self, request: RequestId) -> Result<bool, StorageError> {
+        let found = self.inner.get(Keys::new(self.inner.id).dedup(request))?;
+        Ok(found.is_some())
     }
 
     /// A page of the records in a range, without tombstones: at most `max_keys` (at least one)
@@ -240,10 +249,9 @@ impl ShardStore {
             if (wrapped && first <= request) || limit <= expired.len() {
                 break;
             }
-            let decoded = decode_written(Bytes::copy_from_slice(value));
-            let (executed, _) =
-                decoded.map_err(|error| StorageError::value(shard.id, "dedup", &error))?;
-            if executed < before {
+            let remembered = Remembered::from_bytes(Bytes::copy_from_slice(value))
+                .map_err(|error| StorageError::value(shard.id, "dedup", &error))?;
+            if remembered.executed < before {
                 expired.push(request);
             }
             pairs.next();

@@ -275,6 +275,16 @@ impl Drop for SnapshotInstall {
     }
 }
 
+impl Drop for ReceivedSnapshot {
+    /// Installed, its files have moved into the store; declined, nobody needs them.
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.dir) {
+            let shard = self.claim.shard;
+            tracing::warn!(%shard, %error, "a snapshot's directory stays behind");
+        }
+    }
+}
+
 impl ReceivedSnapshot {
     /// Up to where the log is applied in it.
     pub fn position(&self) -> Option<Position> {
@@ -318,10 +328,6 @@ impl ShardStore {
         *shard.view.write() = view;
         shard.applied.send_replace(index);
         shard.frontiers_moved.send_modify(|count| *count += 1);
-        drop(applying);
-        if let Err(error) = fs::remove_dir_all(&received.dir) {
-            tracing::warn!(shard = %shard.id, %error, "a snapshot's directory stays behind");
-        }
         Ok(())
     }
 }

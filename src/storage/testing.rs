@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use tombolo_core::{
     Actor, Change, Command, Content, HybridTime, NamespaceId, Outcome, Record, RegionId, RequestId,
     Rule, ShardId, ShardState, VersionVector,
-    command::{Check, Condition, Ingest, Operation, Trim, Write, decode_written},
+    command::{Check, Condition, Ingest, Operation, Remembered, Trim, Write},
     encode_batch, execute,
     ledger::LedgerEntry,
     testing::MemoryState,
@@ -181,7 +181,7 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
             }
             kind if kind == Kind::Dedup as u8 => {
                 let request = layout::dedup_request(key).unwrap();
-                state.requests.insert(request, decode_written(value).unwrap().1);
+                state.requests.insert(request, Remembered::from_bytes(value).unwrap());
             }
             kind => panic!("unknown kind {kind}"),
         }

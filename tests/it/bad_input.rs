@@ -241,3 +241,70 @@ async fn a_node_refuses_to_start_where_it_must_not() {
     assert!(start(&other).await.contains("belongs to region `us`"));
     cluster.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_nearly_full_disk_refuses_new_data_and_nothing_else() {
+    let mut cluster = Cluster::start(&[("us", 1)], 2).await;
+    let mut kv = stub(&cluster).await;
+    kv.put(put("old", "v")).await.unwrap();
+    cluster.members[0].stop().await;
+    // More than any disk has free.
+    cluster.members[0].config.storage.reserve_bytes = u64::MAX;
+    cluster.members[0].start().await;
+    cluster.wait_ready().await;
+
+    let mut kv = stub(&cluster).await;
+    let refused = kv.put(put("new", "v")).await.unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert_eq!(reason(&refused), Reason::DiskFull);
+    assert!(refused.message().contains("storage.reserve_bytes"), "{refused}");
+    let get = |key: &'static str| pb::GetRequest {
+        namespace: "default".into(),
+        key: key.into(),
+        ..Default::default()
+    };
+    assert_eq!(kv.get(get("old")).await.unwrap().into_inner().versions.len(), 1);
+    let remove =
+        pb::DeleteRequest { namespace: "default".into(), key: "old".into(), ..Default::default() };
+    kv.delete(remove).await.unwrap();
+    assert!(kv.get(get("old")).await.unwrap().into_inner().versions.is_empty());
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dot_that_cannot_exist_is_refused_before_it_reaches_the_log() {
+    let mut cluster = Cluster::start(&[("us", 1)], 1).await;
+    let mut kv = stub(&cluster).await;
+    let check = pb::Check {
+        key: "k".into(),
+        condition: Some(pb::check::Condition::DotEquals(pb::Dot::default())),
+    };
+    let request = pb::CommitRequest {
+        namespace: "default".into(),
+        checks: vec![check],
+        ..Default::default()
+    };
+    let refused = kv.commit(request).await.unwrap_err();
+    assert_eq!(reason(&refused), Reason::RequestInvalid, "{refused:?}");
+    kv.put(put("k", "v")).await.unwrap();
+    // A replica that had logged it could not start again.
+    cluster.members[0].stop().await;
+    cluster.members[0].start().await;
+    cluster.wait_ready().await;
+    stub(&cluster).await.put(put("k", "w")).await.unwrap();
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_id_belongs_to_one_write() {
+    let cluster = Cluster::start(&[("us", 1)], 1).await;
+    let mut kv = stub(&cluster).await;
+    let id = Some(pb::RequestId { client: 9, number: 1 });
+    let first = pb::PutRequest { request_id: id, ..put("k", "v") };
+    let dot = kv.put(first.clone()).await.unwrap().into_inner().dot;
+    assert_eq!(kv.put(first.clone()).await.unwrap().into_inner().dot, dot);
+    let other = pb::PutRequest { key: "other".into(), ..first };
+    let refused = kv.put(other).await.unwrap_err();
+    assert_eq!(reason(&refused), Reason::RequestIdInvalid, "{refused:?}");
+    cluster.stop().await;
+}

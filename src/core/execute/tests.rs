@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
+    HybridTime,
     command::{Check, Condition, Operation, Trim},
     id::{Actor, RegionId},
     record::Content,
@@ -59,6 +60,26 @@ fn ingest(state: &mut MemoryState, local: u16, rule: Rule, changes: Vec<Change>)
 fn values(state: &MemoryState, key: &str) -> Vec<Bytes> {
     let record = state.record(NS, key.as_bytes()).unwrap().unwrap_or_default();
     record.live_at(HybridTime::ZERO).map(|(_, data)| data.clone()).collect()
+}
+
+#[test]
+fn a_request_id_that_was_used_for_another_write_is_refused() {
+    let mut state = MemoryState::default();
+    let request = Some(RequestId { client: 7, number: 1 });
+    written(run(&mut state, Write { request, ..write(1, 1, vec![put("a", "1")]) }));
+    let check = |condition| vec![Check { key: "a".into(), condition }];
+    for other in [
+        write(1, 2, vec![put("b", "1")]),
+        write(1, 2, vec![put("a", "2")]),
+        write(1, 2, vec![put("a", "1"), put("a", "1")]),
+        Write { namespace: NamespaceId(6), ..write(1, 2, vec![put("a", "1")]) },
+        Write { checks: check(Condition::Present), ..write(1, 2, vec![put("a", "1")]) },
+    ] {
+        let outcome = run(&mut state, Write { request, ..other });
+        assert_eq!(outcome, Outcome::RequestReused);
+    }
+    assert_eq!(values(&state, "a"), ["1"]);
+    assert!(values(&state, "b").is_empty());
 }
 
 #[test]
