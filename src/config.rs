@@ -169,6 +169,9 @@ pub struct Replication {
     pub max_batch_bytes: usize,
     /// Sent and not yet acknowledged, per link and shard.
     pub in_flight_bytes: usize,
+    /// Time without a path to a region after which its changes are taken from another.
+    #[serde(with = "humantime_serde")]
+    pub relay_after: Duration,
     #[serde(with = "humantime_serde")]
     pub retry_min: Duration,
     #[serde(with = "humantime_serde")]

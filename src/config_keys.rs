@@ -234,6 +234,12 @@ pub const KEYS: &[Key] = &[
         "Sent and not yet acknowledged, per link and shard; at least one batch.",
     ),
     key(
+        "replication.relay_after",
+        millis(100, HOUR_MS),
+        "\"3s\"",
+        "Time without a path to a region after which its changes are taken from another.",
+    ),
+    key(
         "replication.retry_min",
         millis(1, HOUR_MS),
         "\"100ms\"",

@@ -293,6 +293,7 @@ fn replication_config(config: &Config) -> ReplicationConfig {
     ReplicationConfig {
         batch_bytes_max: config.replication.max_batch_bytes,
         in_flight_bytes_max: config.replication.in_flight_bytes,
+        relay_after: config.replication.relay_after,
         retry_min: config.replication.retry_min,
         retry_max: config.replication.retry_max,
         watchdog: config.replication.watchdog,

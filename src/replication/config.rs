@@ -15,6 +15,8 @@ pub struct ReplicationConfig {
     pub retry_max: Duration,
     /// A stream that says nothing for so long, or does not move although it lags, is reset.
     pub watchdog: Duration,
+    /// Time without a path to a region after which its changes are taken from another.
+    pub relay_after: Duration,
     /// How often an unchanged frontier is told again.
     pub heartbeat: Duration,
 }
@@ -27,6 +29,7 @@ impl Default for ReplicationConfig {
             retry_min: Duration::from_millis(100),
             retry_max: Duration::from_secs(5),
             watchdog: Duration::from_secs(30),
+            relay_after: Duration::from_secs(3),
             heartbeat: Duration::from_secs(5),
         }
     }

@@ -21,6 +21,7 @@ mod feed;
 mod links;
 mod pending;
 mod puller;
+mod relay;
 mod server;
 mod status;
 mod wire;

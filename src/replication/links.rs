@@ -6,7 +6,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tombolo_shard::{Shard, Shards};
 
 use crate::{
-    channels::LinkChannels, config::ReplicationConfig, puller::Puller, status::LinkStatuses,
+    channels::LinkChannels, config::ReplicationConfig, puller::Puller, relay::Paths,
+    status::LinkStatuses,
 };
 
 /// All links of a node.
@@ -61,6 +62,8 @@ impl Links {
                 let pullers = TaskTracker::new();
                 if shard.is_leader() {
                     let topology = Arc::new(shard.topology().clone());
+                    let peers = topology.peers().map(|peer| peer.id);
+                    let paths = Arc::new(Paths::new(peers, config.relay_after));
                     for peer in topology.peers().filter(|peer| !peer.link_addresses.is_empty()) {
                         let puller = Puller {
                             shard: shard.clone(),
@@ -68,6 +71,7 @@ impl Links {
                             catalog: catalog.clone(),
                             channels: channels.clone(),
                             statuses: Arc::clone(&statuses),
+                            paths: Arc::clone(&paths),
                             config: config.clone(),
                         };
                         pullers.spawn(puller.run(stop.clone()));

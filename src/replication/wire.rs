@@ -1,5 +1,7 @@
 //! Between the link's messages and the types of `core`. Nothing else knows the wire format.
 
+use std::collections::BTreeSet;
+
 use tombolo_cluster::{Region, Topology};
 use tombolo_core::{Actor, NamespaceId, RegionId, VersionVector};
 use tombolo_proto::internal::v1 as pb;
@@ -108,11 +110,15 @@ pub(crate) fn open(identity: pb::LinkIdentity, shard: u32) -> pb::PullRequest {
     pb::PullRequest { body: Some(pb::pull_request::Body::Open(open)) }
 }
 
-pub(crate) fn subscribe(namespace: NamespaceId, frontier: &VersionVector) -> pb::PullRequest {
+pub(crate) fn subscribe(
+    namespace: NamespaceId,
+    frontier: &VersionVector,
+    relayed: &BTreeSet<RegionId>,
+) -> pb::PullRequest {
     let subscribe = pb::Subscribe {
         namespace: namespace.0,
         frontier: encode_frontier(frontier),
-        origins: Vec::new(),
+        origins: relayed.iter().map(|origin| u32::from(origin.0)).collect(),
     };
     pb::PullRequest { body: Some(pb::pull_request::Body::Subscribe(subscribe)) }
 }

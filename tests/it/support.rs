@@ -58,6 +58,15 @@ type Addresses = [String; 4];
 impl Cluster {
     /// Starts `regions` with so many nodes each, and waits until all are ready.
     pub(crate) async fn start(regions: &[(&str, usize)], shards: u16) -> Self {
+        Self::start_with_cuts(regions, shards, &[]).await
+    }
+
+    /// As [`Cluster::start`], with no path between each pair of regions in `cuts`.
+    pub(crate) async fn start_with_cuts(
+        regions: &[(&str, usize)],
+        shards: u16,
+        cuts: &[(&str, &str)],
+    ) -> Self {
         let data = TempDir::new().expect("a directory");
         let addresses: Vec<Vec<Addresses>> = regions
             .iter()
@@ -66,7 +75,7 @@ impl Cluster {
         let mut members = Vec::new();
         for (place, (region, _)) in regions.iter().enumerate() {
             for number in 0..addresses[place].len() {
-                let text = config_text(regions, &addresses, place, number, shards);
+                let text = config_text(regions, &addresses, place, number, shards, cuts);
                 let dir = data.path().join(format!("{region}-{}", number + 1));
                 let file = data.path().join(format!("{region}-{}.toml", number + 1));
                 std::fs::write(&file, text).expect("written");
@@ -120,6 +129,7 @@ fn config_text(
     place: usize,
     number: usize,
     shards: u16,
+    cuts: &[(&str, &str)],
 ) -> String {
     let [client, raft, link, http] = &addresses[place][number];
     let mut text = format!(
@@ -136,9 +146,15 @@ fn config_text(
             id + 1
         );
     }
-    for (number, (name, _)) in regions.iter().enumerate() {
-        let links: Vec<String> =
-            addresses[number].iter().map(|[_, _, link, _]| format!("\"{link}\"")).collect();
+    let here = regions[place].0;
+    for (number, &(name, _)) in regions.iter().enumerate() {
+        let is_cut = cuts.contains(&(here, name)) || cuts.contains(&(name, here));
+        let links: Vec<String> = addresses[number]
+            .iter()
+            // Nothing listens on port 1.
+            .map(|[_, _, link, _]| if is_cut { "127.0.0.1:1" } else { link })
+            .map(|link| format!("\"{link}\""))
+            .collect();
         text += &format!(
             "[[regions]]\nname = \"{name}\"\nnumber = {}\nlink = [{}]\n",
             number + 1,
