@@ -47,7 +47,7 @@ fn delta(region: u16, seq: u64, supersedes: Vec<Dot>) -> Delta {
 fn concurrent(regions: std::ops::Range<u16>, rule: Rule) -> Record {
     let mut record = Record::default();
     for region in regions {
-        record.apply(&delta(region, 1, Vec::new()), rule);
+        record.apply(&delta(region, 1, Vec::new()), &VersionVector::new(), rule);
     }
     record
 }
@@ -85,11 +85,12 @@ fn records(criterion: &mut Criterion) {
         }
         let held = concurrent(1..3, rule);
         let overwrite = delta(1, 2, held.superseded_by(None));
+        let seen = VersionVector::new();
         group.bench_function(format!("apply/{name}"), |bencher| {
             bencher.iter_batched(
                 || held.clone(),
                 |mut record| {
-                    record.apply(black_box(&overwrite), rule);
+                    record.apply(black_box(&overwrite), &seen, rule);
                     record
                 },
                 BatchSize::SmallInput,

@@ -41,6 +41,9 @@ impl Sources {
             );
         }
         self.refresh_links(metrics);
+        let led = self.shards.iter().filter(|shard| shard.is_leader());
+        let tombstones = led.flat_map(|shard| shard.store().tombstone_counts().into_values()).sum();
+        metrics.set_tombstones(tombstones);
         metrics.set_disk(self.headroom.free_bytes(), self.headroom.is_short());
         let log = self.log.metrics();
         metrics.set_raft_log(&RaftLogNumbers {

@@ -96,6 +96,19 @@ impl Admin {
         ask!(self, Safety::Read, RegionServiceClient, list_links, request)
     }
 
+    /// The deletions that are kept until every region has them; `None` for all namespaces.
+    ///
+    /// # Errors
+    /// As any read.
+    pub async fn list_tombstones(
+        &self,
+        namespace: Option<&str>,
+    ) -> Result<v1::ListTombstonesResponse> {
+        let namespace = namespace.unwrap_or_default().to_owned();
+        let request = v1::ListTombstonesRequest { namespace };
+        ask!(self, Safety::Read, RegionServiceClient, list_tombstones, request)
+    }
+
     /// Creates a namespace in every region.
     ///
     /// # Errors

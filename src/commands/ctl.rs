@@ -21,6 +21,14 @@ pub struct Ctl {
 
 #[derive(Clone, Debug, Subcommand)]
 pub enum CtlCommand {
+    /// Deletions that are kept until every region has them, and which region they wait for
+    Tombstones {
+        /// Only of this namespace
+        #[arg(value_name = "NAMESPACE")]
+        only: Option<String>,
+        #[command(flatten)]
+        connection: Connection,
+    },
     /// Nodes, shards, regions and links at a glance
     Status {
         /// End with code 8 if anything is not healthy
@@ -112,6 +120,7 @@ impl Ctl {
             CtlCommand::Status { connection, .. }
             | CtlCommand::Region(RegionCommand::List { connection })
             | CtlCommand::Link(LinkCommand::List { connection, .. })
+            | CtlCommand::Tombstones { connection, .. }
             | CtlCommand::Namespace(
                 NamespaceCommand::Create { connection, .. }
                 | NamespaceCommand::List { connection }
@@ -134,6 +143,12 @@ pub(crate) async fn ctl(args: &Ctl, io: &mut Io) -> Result<Exit, Failure> {
             let (client, _) = connection.connect(io, None).await?;
             let reply = client.admin().list_regions().await?;
             print_regions(&reply.regions, connection.format(io), &mut io.out)?;
+            warn_unreachable(&reply.unreachable, io)
+        }
+        CtlCommand::Tombstones { only, connection } => {
+            let (client, _) = connection.connect(io, None).await?;
+            let reply = client.admin().list_tombstones(only.as_deref()).await?;
+            print_tombstones(&reply.tombstones, connection.format(io), &mut io.out)?;
             warn_unreachable(&reply.unreachable, io)
         }
         CtlCommand::Link(LinkCommand::List { peer, connection }) => {
@@ -332,6 +347,50 @@ impl From<&v1::Link> for LinkJson {
             last_error: it.last_error.clone(),
             received_events: it.received_events.to_string(),
             received_bytes: it.received_bytes.to_string(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct TombstonesJson<'a> {
+    namespace: &'a str,
+    shard: u32,
+    node_id: String,
+    count: String,
+    waits_for_regions: &'a [String],
+}
+
+impl<'a> From<&'a v1::Tombstones> for TombstonesJson<'a> {
+    fn from(it: &'a v1::Tombstones) -> Self {
+        Self {
+            namespace: &it.namespace,
+            shard: it.shard,
+            node_id: it.node_id.to_string(),
+            count: it.count.to_string(),
+            waits_for_regions: &it.waits_for_regions,
+        }
+    }
+}
+
+fn print_tombstones(
+    tombstones: &[v1::Tombstones],
+    format: Format,
+    out: &mut dyn Write,
+) -> std::io::Result<()> {
+    match format {
+        Format::Json | Format::Jsonl => {
+            let rows: Vec<_> = tombstones.iter().map(TombstonesJson::from).collect();
+            json_list(out, format, "tombstones", &rows)
+        }
+        Format::Table | Format::Raw => {
+            let row = |it: &v1::Tombstones| {
+                let numbers = [it.shard.to_string(), it.node_id.to_string(), it.count.to_string()];
+                let [shard, node, count] = numbers;
+                [it.namespace.clone(), shard, node, count, it.waits_for_regions.join(",")]
+            };
+            let header = ["NAMESPACE", "SHARD", "NODE", "TOMBSTONES", "WAITS FOR"];
+            table(out, header, tombstones.iter().map(row))
         }
     }
 }

@@ -25,6 +25,8 @@ pub enum Command {
     Ingest(Ingest),
     /// Forget the part of the change log that every region has.
     Trim(Trim),
+    /// Drop tombstones that every region has.
+    Collect(Collect),
     /// Forget the outcomes of old requests.
     ForgetRequests(Vec<RequestId>),
 }
@@ -121,6 +123,17 @@ pub struct Trim {
     pub upto: VersionVector,
 }
 
+/// Drops the tombstones of `keys` that `stable` covers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Collect {
+    /// Where.
+    pub namespace: NamespaceId,
+    /// What every region has applied, such that nothing that has not seen it can still come.
+    pub stable: VersionVector,
+    /// Where to look.
+    pub keys: Vec<Bytes>,
+}
+
 /// What executing a command answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -140,6 +153,8 @@ pub enum Outcome {
     },
     /// Changes were taken up to the first that could not be.
     Ingested(Ingested),
+    /// So many tombstones were dropped.
+    Collected(usize),
     /// Done; nothing to tell.
     Done,
 }
@@ -196,6 +211,7 @@ const WRITE: u8 = 1;
 const INGEST: u8 = 2;
 const TRIM: u8 = 3;
 const FORGET_REQUESTS: u8 = 4;
+const COLLECT: u8 = 5;
 
 /// Packs encoded commands into the payload of one log entry.
 pub fn encode_batch(commands: &[Bytes]) -> Bytes {
@@ -250,6 +266,13 @@ impl Command {
                 writer.varint(u64::from(trim.namespace.0));
                 trim.upto.encode(&mut writer);
             }
+            Self::Collect(collect) => {
+                writer.u8(COLLECT);
+                writer.varint(u64::from(collect.namespace.0));
+                collect.stable.encode(&mut writer);
+                writer.count(collect.keys.len());
+                collect.keys.iter().for_each(|key| writer.bytes(key));
+            }
             Self::ForgetRequests(requests) => {
                 writer.u8(FORGET_REQUESTS);
                 writer.count(requests.len());
@@ -283,6 +306,13 @@ impl Command {
                 let namespace = NamespaceId(reader.u32()?);
                 Self::Trim(Trim { namespace, upto: VersionVector::decode(&mut reader)? })
             }
+            COLLECT => {
+                let namespace = NamespaceId(reader.u32()?);
+                let stable = VersionVector::decode(&mut reader)?;
+                let count = reader.count(1)?;
+                let keys = (0..count).map(|_| reader.bytes()).collect::<Result<_, _>>()?;
+                Self::Collect(Collect { namespace, stable, keys })
+            }
             FORGET_REQUESTS => {
                 let count = reader.count(9)?;
                 let requests =
@@ -304,7 +334,7 @@ impl Command {
                 };
                 write.operations.iter().map(bytes).sum()
             }
-            Self::Ingest(_) | Self::Trim(_) | Self::ForgetRequests(_) => 0,
+            Self::Ingest(_) | Self::Trim(_) | Self::Collect(_) | Self::ForgetRequests(_) => 0,
         }
     }
 }
@@ -552,6 +582,9 @@ mod tests {
                 })
             ),
             any_vector().prop_map(|upto| Command::Trim(Trim { namespace: NamespaceId(1), upto })),
+            (any_vector(), prop::collection::vec(any_bytes(), 0..5)).prop_map(|(stable, keys)| {
+                Command::Collect(Collect { namespace: NamespaceId(2), stable, keys })
+            }),
             prop::collection::vec(any_request(), 0..5).prop_map(Command::ForgetRequests),
         ]
     }

@@ -14,7 +14,8 @@ use bytes::Bytes;
 use crate::{
     change::Change,
     command::{
-        Command, FailedCheck, Ingest, Ingested, Outcome, Remembered, Stopped, Write, Written,
+        Collect, Command, FailedCheck, Ingest, Ingested, Outcome, Remembered, Stopped, Write,
+        Written,
     },
     id::{Dot, NamespaceId, RequestId},
     ledger::LedgerEntry,
@@ -35,6 +36,8 @@ pub trait ShardState {
     fn record(&self, namespace: NamespaceId, key: &[u8]) -> Result<Option<Record>, Self::Error>;
     /// Replaces the record of a key.
     fn put_record(&mut self, namespace: NamespaceId, key: &Bytes, record: Record);
+    /// Removes the record of a key.
+    fn remove_record(&mut self, namespace: NamespaceId, key: &Bytes);
     /// What is applied of a namespace.
     fn frontier(&self, namespace: NamespaceId) -> VersionVector;
     /// Moves the frontier.
@@ -67,6 +70,7 @@ pub fn execute<S: ShardState>(state: &mut S, command: &Command) -> Result<Outcom
             state.trim_changes(trim.namespace, &upto);
             Ok(Outcome::Done)
         }
+        Command::Collect(collect) => execute_collect(state, collect),
         Command::ForgetRequests(requests) => {
             for &request in requests {
                 state.forget(request);
@@ -108,7 +112,8 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
         let sibling = Sibling { dot, time, content: operation.content.clone() };
         let delta = Delta { key: operation.key.clone(), sibling, supersedes };
 
-        let conflict = apply_delta(state, write.namespace, write.rule, &mut record, &delta);
+        let place = Place { namespace: write.namespace, rule: write.rule };
+        let conflict = apply_delta(state, place, &mut record, &delta, &frontier);
         results.push(Written { dot, time, context: record.context().clone(), conflict });
         state.put_record(write.namespace, &delta.key, record);
         deltas.push(delta);
@@ -143,7 +148,8 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
         }
         for delta in &change.deltas {
             let mut record = state.record(ingest.namespace, &delta.key)?.unwrap_or_default();
-            apply_delta(state, ingest.namespace, ingest.rule, &mut record, delta);
+            let place = Place { namespace: ingest.namespace, rule: ingest.rule };
+            apply_delta(state, place, &mut record, delta, &change.depends_on);
             state.put_record(ingest.namespace, &delta.key, record);
         }
         append(state, ingest.namespace, change);
@@ -166,15 +172,37 @@ fn cannot_take(ingest: &Ingest, change: &Change, frontier: &VersionVector) -> Op
     None
 }
 
+/// Drops the tombstones that every region has applied, and of which nothing older can come.
+fn execute_collect<S: ShardState>(state: &mut S, collect: &Collect) -> Result<Outcome, S::Error> {
+    // Nothing may be called stable that is not even applied here.
+    let stable = collect.stable.meet(&state.frontier(collect.namespace));
+    let mut collected = 0;
+    for key in &collect.keys {
+        let record = state.record(collect.namespace, key)?;
+        if record.is_some_and(|it| it.is_dead() && stable.covers_all(it.context())) {
+            state.remove_record(collect.namespace, key);
+            collected += 1;
+        }
+    }
+    Ok(Outcome::Collected(collected))
+}
+
+/// Where a delta is applied.
+#[derive(Clone, Copy)]
+struct Place {
+    namespace: NamespaceId,
+    rule: Rule,
+}
+
 /// Applies a delta to a record, writes the ledger, and answers whether there is a conflict.
 fn apply_delta<S: ShardState>(
     state: &mut S,
-    namespace: NamespaceId,
-    rule: Rule,
+    Place { namespace, rule }: Place,
     record: &mut Record,
     delta: &Delta,
+    seen: &VersionVector,
 ) -> bool {
-    let dropped = record.apply(delta, rule);
+    let dropped = record.apply(delta, seen, rule);
     let conflict = !dropped.is_empty() || record.siblings().len() > 1;
     for dropped in dropped {
         state.add_to_ledger(namespace, LedgerEntry::new(delta.key.clone(), dropped));

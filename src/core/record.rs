@@ -209,20 +209,33 @@ impl Record {
         self.siblings.iter().filter(seen).map(|held| held.dot).collect()
     }
 
+    /// Whether no sibling holds a value: only the fact of a deletion is left.
+    pub fn is_dead(&self) -> bool {
+        self.siblings.iter().all(|held| held.content == Content::Tombstone)
+    }
+
     /// Applies one write and answers what the rule dropped. A write that was seen before changes
     /// nothing.
     ///
-    /// Writes must come in causal order: all that a write's origin had seen comes first.
-    pub fn apply(&mut self, delta: &Delta, rule: Rule) -> Vec<Dropped> {
+    /// Writes must come in causal order: all that a write's origin had seen comes first. `seen` is
+    /// what that is: a tombstone in it loses to the write, whatever their times, because the
+    /// origin may have collected it already and gone by no time.
+    pub fn apply(&mut self, delta: &Delta, seen: &VersionVector, rule: Rule) -> Vec<Dropped> {
         let incoming = &delta.sibling;
         if self.context.covers(incoming.dot) {
             return Vec::new();
         }
         self.context.add(incoming.dot);
         self.siblings.retain(|held| !delta.supersedes.contains(&held.dot));
+        let was_seen = |held: &Sibling| held.content == Content::Tombstone && seen.covers(held.dot);
+        let (outlived, kept) = self.siblings.drain(..).partition(was_seen);
+        self.siblings = kept;
+        let outlived: Vec<Sibling> = outlived;
         let at = self.siblings.partition_point(|held| held.dot < incoming.dot);
         self.siblings.insert(at, incoming.clone());
-        self.resolve(rule)
+        let (winner, winner_time) = (incoming.dot, incoming.time);
+        let lost = outlived.into_iter().map(|loser| Dropped { loser, winner, winner_time });
+        lost.chain(self.resolve(rule)).collect()
     }
 
     /// Merges two replicas' records of one key.

@@ -80,6 +80,10 @@ impl ShardState for MemoryState {
         self.records.insert((namespace, key.clone()), record);
     }
 
+    fn remove_record(&mut self, namespace: NamespaceId, key: &Bytes) {
+        self.records.remove(&(namespace, key.clone()));
+    }
+
     fn frontier(&self, namespace: NamespaceId) -> VersionVector {
         self.frontiers.get(&namespace).cloned().unwrap_or_default()
     }

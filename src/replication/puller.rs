@@ -4,7 +4,7 @@
 //! Raft one batch at a time while the next ones arrive, and acknowledges what is applied.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tombolo_cluster::{Catalog, Region};
 use tombolo_core::{
-    Change, NamespaceId, Rule, VersionVector,
+    Change, NamespaceId, RegionId, Rule, VersionVector,
     command::{Ingested, Stopped},
     namespace::Namespace,
 };
@@ -33,6 +33,7 @@ use crate::{
         CONNECT_TIMEOUT, FRONTIER_INTERVAL, INGEST_TIMEOUT, ReplicationConfig, STREAM_MESSAGES_MAX,
     },
     pending::Pending,
+    relay::Paths,
     server::message_bytes_max,
     status::{LinkKey, LinkPhase, LinkStatuses},
     wire,
@@ -46,6 +47,7 @@ pub(crate) struct Puller {
     pub(crate) catalog: Catalog,
     pub(crate) channels: LinkChannels,
     pub(crate) statuses: Arc<LinkStatuses>,
+    pub(crate) paths: Arc<Paths>,
     pub(crate) config: ReplicationConfig,
 }
 
@@ -73,6 +75,7 @@ impl Puller {
             let address = &self.peer.link_addresses[place % self.peer.link_addresses.len()];
             let (mut progress, began) = (Progress::None, Instant::now());
             let ended = shutdown.run_until_cancelled(self.pull(address, &mut progress)).await;
+            self.paths.down(self.peer.id);
             let Some(Err(error)) = ended else { break };
             let streamed = progress != Progress::None;
             if streamed {
@@ -145,6 +148,7 @@ impl Puller {
         current.await.map_err(|error| broken(&format!("not ready to pull: {error}")))?;
         let (requests, stream) = self.open(address).await?;
         *progress = Progress::Opened;
+        self.paths.up(self.peer.id);
         tracing::info!(
             shard = %self.shard.id(),
             peer = %self.peer.name,
@@ -156,6 +160,7 @@ impl Puller {
             requests,
             lanes: BTreeMap::new(),
             ingest: None,
+            relayed: self.paths.relayed_by(self.peer.id),
             served: NamespaceId::CATALOG,
             moved: Instant::now(),
             progress,
@@ -225,6 +230,8 @@ struct Stream<'a> {
     lanes: BTreeMap<NamespaceId, Lane>,
     /// The batch on its way through Raft.
     ingest: Option<BoxFuture<'static, (NamespaceId, Result<Ingested, ShardError>)>>,
+    /// The regions whose changes the peer sends besides its own.
+    relayed: BTreeSet<RegionId>,
     /// Whose batch was ingested last: the next one is another's, if there is one.
     served: NamespaceId,
     /// When a frontier moved last, or there was nothing to move for.
@@ -290,6 +297,7 @@ impl Stream<'_> {
                 }
                 _ = ticks.tick() => {
                     self.acknowledge_all().await?;
+                    self.follow_relays().await?;
                     self.begin_untrimmed().await?;
                     self.watch(heard)?;
                 }
@@ -318,7 +326,7 @@ impl Stream<'_> {
     async fn begin(&mut self, namespace: Arc<Namespace>) -> Result<(), PullError> {
         let id = namespace.id;
         let frontier = self.puller.shard.frontier(id);
-        send(&self.requests, wire::subscribe(id, &frontier)).await?;
+        send(&self.requests, wire::subscribe(id, &frontier, &self.relayed)).await?;
         let lane = Lane {
             namespace,
             pending: Pending::default(),
@@ -332,6 +340,30 @@ impl Stream<'_> {
             status.last_error = None;
             status.next_retry = None;
         });
+        Ok(())
+    }
+
+    /// Asks for other regions' changes when the paths to them go or come. What was on its way
+    /// comes twice then, and is skipped.
+    async fn follow_relays(&mut self) -> Result<(), PullError> {
+        let relayed = self.puller.paths.relayed_by(self.puller.peer.id);
+        if relayed == self.relayed {
+            return Ok(());
+        }
+        let topology = self.puller.shard.topology();
+        let names: Vec<_> = relayed.iter().map(|&region| topology.region_name(region)).collect();
+        tracing::info!(
+            shard = %self.puller.shard.id(),
+            peer = %self.puller.peer.name,
+            relays = %names.join(", "),
+            "a peer relays other regions' changes"
+        );
+        self.relayed = relayed;
+        let namespaces: Vec<_> =
+            self.lanes.values().map(|lane| Arc::clone(&lane.namespace)).collect();
+        for namespace in namespaces {
+            self.begin(namespace).await?;
+        }
         Ok(())
     }
 
@@ -361,6 +393,9 @@ impl Stream<'_> {
                 let frontier = wire::decode_frontier(heartbeat.frontier)
                     .map_err(|status| broken(status.message()))?;
                 let id = NamespaceId(heartbeat.namespace);
+                let (peer, shard) = (self.puller.peer.id, &self.puller.shard);
+                self.puller.paths.tell(peer, id, frontier.clone());
+                shard.peers().tell(id, peer, frontier.clone(), &shard.frontier(id));
                 if let Some(lane) = self.lanes.get_mut(&id) {
                     lane.peer_frontier = frontier;
                     self.show_lag(id);

@@ -103,6 +103,8 @@ descriptions! {
         "Bytes of changes sent to the region"
     REPLICATION_RECEIVED Counter "tombolo_replication_received_bytes_total" ["peer_region"]
         "Bytes of changes received from the region"
+    TOMBSTONES Gauge "tombolo_tombstones" []
+        "Deletions kept until every region has them, in shards that this node leads"
     RAFT_LOG_SYNCS Counter "tombolo_raft_log_syncs_total" []
         "Times the Raft log was synced to disk"
     RAFT_LOG_WRITTEN Counter "tombolo_raft_log_written_bytes_total" []
@@ -251,6 +253,7 @@ pub struct Metrics {
     rocksdb_compactions: GaugeU64,
     rocksdb_flushes: GaugeU64,
     rocksdb_stopped: GaugeU64,
+    tombstones: GaugeU64,
     disk_free: GaugeU64,
     disk_short: GaugeU64,
     process: ProcessMetrics,
@@ -295,6 +298,7 @@ impl Metrics {
             rocksdb_compactions: register(r, &ROCKSDB_COMPACTIONS),
             rocksdb_flushes: register(r, &ROCKSDB_FLUSHES),
             rocksdb_stopped: register(r, &ROCKSDB_STOPPED),
+            tombstones: register(r, &TOMBSTONES),
             disk_free: register(r, &DISK_FREE),
             disk_short: register(r, &DISK_SHORT),
             process: ProcessMetrics {
@@ -359,6 +363,10 @@ impl Metrics {
     pub fn set_disk(&self, free_bytes: u64, is_short: bool) {
         self.disk_free.set(free_bytes);
         self.disk_short.set(is_short.into());
+    }
+
+    pub fn set_tombstones(&self, count: u64) {
+        self.tombstones.set(count);
     }
 
     pub fn set_raft_log(&self, numbers: &RaftLogNumbers) {

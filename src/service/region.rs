@@ -13,7 +13,7 @@ use tombolo_proto::v1::{
     region_service_server::{RegionService, RegionServiceServer},
 };
 use tombolo_replication::{LinkKey, LinkPhase, LinkStatus, LinkStatuses};
-use tonic::{Request, Response, Status, metadata::MetadataValue};
+use tonic::{Request, Response, Status, metadata::MetadataValue, transport::Channel};
 
 use crate::{
     forward::{THIS_NODE_ONLY, is_set},
@@ -48,12 +48,7 @@ impl RegionApi {
 
     fn link(&self, key: LinkKey, status: LinkStatus) -> pb::Link {
         let topology = self.gateway.topology();
-        let catalog = self.gateway.shards().catalog().current();
-        let namespace = match catalog.with_id(key.namespace) {
-            Some(namespace) => namespace.name.clone(),
-            None if key.namespace == NamespaceId::CATALOG => "catalog".to_owned(),
-            None => format!("#{}", key.namespace),
-        };
+        let namespace = self.namespace_name(key.namespace);
         let shard = self.gateway.shards().get(key.shard);
         let lag = shard.map(|shard| lag_of(shard, key.namespace, key.peer));
         let lag = lag.and_then(Result::ok).unwrap_or_default();
@@ -75,35 +70,94 @@ impl RegionApi {
 
     /// The links of all nodes of the region, and the nodes that did not answer.
     async fn all_links(&self) -> (Vec<pb::Link>, Vec<String>) {
-        let topology = self.gateway.topology();
-        let others = topology.nodes.iter().filter(|node| node.id != topology.node);
-        let answers = join_all(others.map(|node| async move {
-            let answer = async {
-                let channel = self.gateway.channels().get(&node.client)?;
-                let mut request = Request::new(pb::ListLinksRequest { peer_region: String::new() });
-                request.metadata_mut().insert(THIS_NODE_ONLY, MetadataValue::from_static("1"));
-                let reply = RegionServiceClient::new(channel).list_links(request).await?;
-                Ok::<_, Status>(reply.into_inner().links)
-            };
-            (node, tokio::time::timeout(PEER_TIMEOUT, answer).await)
-        }))
-        .await;
         let mut links = self.own_links();
-        let mut unreachable = Vec::new();
-        for (node, answer) in answers {
-            match answer {
-                Ok(Ok(theirs)) => links.extend(theirs),
-                Ok(Err(_)) | Err(_) => {
-                    unreachable.push(format!("{}-{}", topology.local_name(), node.id));
-                }
-            }
-        }
+        let (answers, unreachable) = self
+            .ask_others(|channel| async move {
+                let request = this_node_only(pb::ListLinksRequest::default());
+                let reply = RegionServiceClient::new(channel).list_links(request).await?;
+                Ok(reply.into_inner().links)
+            })
+            .await;
+        links.extend(answers.into_iter().flatten());
         links.sort_by(|left, right| {
             let key =
                 |link: &pb::Link| (link.peer_region.clone(), link.namespace.clone(), link.shard);
             key(left).cmp(&key(right))
         });
         (links, unreachable)
+    }
+
+    fn namespace_name(&self, id: NamespaceId) -> String {
+        match self.gateway.shards().catalog().current().with_id(id) {
+            Some(namespace) => namespace.name.clone(),
+            None if id == NamespaceId::CATALOG => "catalog".to_owned(),
+            None => format!("#{id}"),
+        }
+    }
+
+    fn own_tombstones(&self) -> Result<Vec<pb::Tombstones>, Status> {
+        let topology = self.gateway.topology();
+        let mut found = Vec::new();
+        for shard in self.gateway.shards().iter().filter(|shard| shard.is_leader()) {
+            for (namespace, count) in shard.store().tombstone_counts() {
+                let waits_for = shard.tombstones_wait_for(namespace);
+                let waits_for = waits_for.map_err(|error| self.gateway.status(error))?;
+                found.push(pb::Tombstones {
+                    namespace: self.namespace_name(namespace),
+                    shard: u32::from(shard.id().0),
+                    node_id: topology.node.0,
+                    count,
+                    waits_for_regions: waits_for
+                        .into_iter()
+                        .map(|region| topology.region_name(region))
+                        .collect(),
+                });
+            }
+        }
+        Ok(found)
+    }
+
+    /// The tombstones of all nodes of the region, and the nodes that did not answer.
+    async fn all_tombstones(&self) -> Result<(Vec<pb::Tombstones>, Vec<String>), Status> {
+        let mut found = self.own_tombstones()?;
+        let (answers, unreachable) = self
+            .ask_others(|channel| async move {
+                let request = this_node_only(pb::ListTombstonesRequest::default());
+                let reply = RegionServiceClient::new(channel).list_tombstones(request).await?;
+                Ok(reply.into_inner().tombstones)
+            })
+            .await;
+        found.extend(answers.into_iter().flatten());
+        found.sort_by(|left, right| {
+            (&left.namespace, left.shard).cmp(&(&right.namespace, right.shard))
+        });
+        Ok((found, unreachable))
+    }
+
+    /// Asks all other nodes of the region; names those that do not answer in time.
+    async fn ask_others<T, F>(&self, ask: impl Fn(Channel) -> F) -> (Vec<T>, Vec<String>)
+    where
+        F: Future<Output = Result<T, Status>>,
+    {
+        let topology = self.gateway.topology();
+        let others = topology.nodes.iter().filter(|node| node.id != topology.node);
+        let asked = others.map(|node| {
+            let asked = self.gateway.channels().get(&node.client).map(&ask);
+            async move {
+                let answer = async { asked?.await };
+                (node.id, tokio::time::timeout(PEER_TIMEOUT, answer).await)
+            }
+        });
+        let (mut answers, mut unreachable) = (Vec::new(), Vec::new());
+        for (node, answer) in join_all(asked).await {
+            match answer {
+                Ok(Ok(answer)) => answers.push(answer),
+                Ok(Err(_)) | Err(_) => {
+                    unreachable.push(format!("{}-{node}", topology.local_name()));
+                }
+            }
+        }
+        (answers, unreachable)
     }
 
     fn region(
@@ -141,6 +195,13 @@ impl RegionApi {
             nodes: if local { count(nodes) } else { 0 },
         }
     }
+}
+
+/// A request to another node about itself.
+fn this_node_only<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert(THIS_NODE_ONLY, MetadataValue::from_static("1"));
+    request
 }
 
 fn count(number: usize) -> u32 {
@@ -196,6 +257,20 @@ impl RegionService for RegionApi {
             if this_node_only { (self.own_links(), Vec::new()) } else { self.all_links().await };
         links.retain(|link| peer.is_empty() || link.peer_region == peer);
         Ok(Response::new(pb::ListLinksResponse { links, unreachable }))
+    }
+
+    async fn list_tombstones(
+        &self,
+        request: Request<pb::ListTombstonesRequest>,
+    ) -> Result<Response<pb::ListTombstonesResponse>, Status> {
+        let (mut tombstones, unreachable) = if is_set(request.metadata(), THIS_NODE_ONLY) {
+            (self.own_tombstones()?, Vec::new())
+        } else {
+            self.all_tombstones().await?
+        };
+        let namespace = request.into_inner().namespace;
+        tombstones.retain(|row| namespace.is_empty() || row.namespace == namespace);
+        Ok(Response::new(pb::ListTombstonesResponse { tombstones, unreachable }))
     }
 
     async fn pause_link(

@@ -1,14 +1,17 @@
 //! Collection: what a shard's leader lets its replicas forget.
 //!
-//! Two things grow with every write and are not data: the outcomes of requests, kept so that a
-//! repeat is recognised, and the change log, kept until every region has it. The leader looks at
-//! both now and then and proposes what may go; replicas forget exactly that, in log order.
+//! Three things stay behind and are not data: the outcomes of requests, kept so that a repeat is
+//! recognised, the change log, kept until every region has it, and tombstones, kept until nothing
+//! can come any more that has not seen the deletion. The leader looks at them now and then and
+//! proposes what may go; replicas forget exactly that, in log order.
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tombolo_core::{HybridTime, RegionId};
+use tombolo_storage::StorageError;
 
 use crate::{error::ShardError, shard::Shard, shards::Shards};
 
@@ -23,12 +26,14 @@ pub struct CollectConfig {
 
 impl Default for CollectConfig {
     fn default() -> Self {
-        Self { interval: Duration::from_secs(10), request_retention: Duration::from_secs(600) }
+        Self { interval: Duration::from_secs(5), request_retention: Duration::from_secs(600) }
     }
 }
 
 /// Requests forgotten by one command.
 const REQUESTS_PER_COMMAND: usize = 4096;
+/// Tombstones looked at for one command.
+const TOMBSTONES_PER_COMMAND: usize = 1024;
 /// Commands of one look at one shard, so that no shard starves the others.
 const COMMANDS_PER_LOOK: usize = 32;
 /// How long one proposal may take.
@@ -91,7 +96,33 @@ impl Collector {
 
     async fn collect(&self, shard: &Shard, horizon: HybridTime) -> Result<(), ShardError> {
         self.trim_change_log(shard).await?;
+        self.collect_tombstones(shard).await?;
         self.forget_requests(shard, horizon).await
+    }
+
+    async fn collect_tombstones(&self, shard: &Shard) -> Result<(), ShardError> {
+        for namespace in shard.store().tombstone_counts().into_keys() {
+            let stable = shard.stable_for_tombstones(namespace);
+            let mut start = Bytes::new();
+            for _ in 0..COMMANDS_PER_LOOK {
+                let (store, from) = (shard.store().clone(), start.clone());
+                let search = move || store.tombstones(namespace, &from, TOMBSTONES_PER_COMMAND);
+                let found = blocking(search).await?;
+                let Some((last, _)) = found.last() else { break };
+                // The key after the last one seen.
+                start = [&last[..], &[0]].concat().into();
+                let keys: Vec<Bytes> = found
+                    .into_iter()
+                    .filter(|(_, record)| stable.covers_all(record.context()))
+                    .map(|(key, _)| key)
+                    .collect();
+                if !keys.is_empty() {
+                    let deadline = Instant::now() + PROPOSAL_TIMEOUT;
+                    shard.collect(namespace, stable.clone(), keys, deadline).await?;
+                }
+            }
+        }
+        Ok(())
     }
 
     async fn trim_change_log(&self, shard: &Shard) -> Result<(), ShardError> {
@@ -110,15 +141,22 @@ impl Collector {
         for _ in 0..COMMANDS_PER_LOOK {
             let store = shard.store().clone();
             let search = move || store.expired_requests(before, REQUESTS_PER_COMMAND);
-            let expired = match tokio::task::spawn_blocking(search).await {
-                Ok(expired) => expired?,
-                Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-            };
+            let expired = blocking(search).await?;
             if expired.is_empty() {
                 break;
             }
             shard.forget(expired, Instant::now() + PROPOSAL_TIMEOUT).await?;
         }
         Ok(())
+    }
+}
+
+/// Reads the store on a thread that may wait for the disk.
+async fn blocking<T: Send + 'static>(
+    read: impl FnOnce() -> Result<T, StorageError> + Send + 'static,
+) -> Result<T, StorageError> {
+    match tokio::task::spawn_blocking(read).await {
+        Ok(found) => found,
+        Err(panic) => std::panic::resume_unwind(panic.into_panic()),
     }
 }

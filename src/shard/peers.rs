@@ -1,4 +1,9 @@
-//! What other regions have applied of this shard, as they acknowledged it in stream order.
+//! What other regions have applied of this shard.
+//!
+//! Two things are known of a region. What it *acknowledged*, when it pulled from here: that tells
+//! what may leave the change log, and whether a write has arrived. And what it *told*, when it was
+//! pulled from: that, once all of its own events in it are applied here, is what everything that
+//! can still come from there has seen, which is when a tombstone may go.
 //!
 //! Kept by the shard's leader, in memory: a new leader learns it again when the peers' streams
 //! reconnect, which they do at once. Until then a peer counts as having nothing, so nothing is
@@ -6,8 +11,31 @@
 
 use std::collections::BTreeMap;
 
+use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 use tombolo_core::{Dot, NamespaceId, RegionId, VersionVector};
+
+/// What a region told.
+#[derive(Debug, Default)]
+struct Told {
+    /// All of the region's own events in it are applied here.
+    settled: VersionVector,
+    /// Told since, and not settled yet. A later one replaces it only then: under a steady load the
+    /// latest is never settled.
+    waiting: Option<VersionVector>,
+}
+
+impl Told {
+    fn settle(&mut self, region: RegionId, local: &VersionVector) {
+        let is_here = |told: &VersionVector| {
+            let mut own = told.iter().filter(|(actor, _)| actor.region == region);
+            own.all(|(actor, seq)| seq <= local.get(actor))
+        };
+        if let Some(told) = self.waiting.take_if(|told| is_here(told)) {
+            self.settled.join(&told);
+        }
+    }
+}
 
 type Frontiers = BTreeMap<NamespaceId, BTreeMap<RegionId, VersionVector>>;
 
@@ -15,11 +43,12 @@ type Frontiers = BTreeMap<NamespaceId, BTreeMap<RegionId, VersionVector>>;
 #[derive(Debug)]
 pub struct PeerFrontiers {
     frontiers: watch::Sender<Frontiers>,
+    told: Mutex<BTreeMap<NamespaceId, BTreeMap<RegionId, Told>>>,
 }
 
 impl Default for PeerFrontiers {
     fn default() -> Self {
-        Self { frontiers: watch::Sender::new(Frontiers::new()) }
+        Self { frontiers: watch::Sender::new(Frontiers::new()), told: Mutex::default() }
     }
 }
 
@@ -34,8 +63,40 @@ impl PeerFrontiers {
         });
     }
 
+    /// A region told what it has applied, while this one has applied `local`.
+    pub fn tell(
+        &self,
+        namespace: NamespaceId,
+        region: RegionId,
+        frontier: VersionVector,
+        local: &VersionVector,
+    ) {
+        let mut told = self.told.lock();
+        let told = told.entry(namespace).or_default().entry(region).or_default();
+        told.settle(region, local);
+        told.waiting.get_or_insert(frontier);
+        told.settle(region, local);
+    }
+
+    /// What every event that can still come from `region` has seen; empty if it told nothing yet.
+    pub fn settled(
+        &self,
+        namespace: NamespaceId,
+        region: RegionId,
+        local: &VersionVector,
+    ) -> VersionVector {
+        let mut told = self.told.lock();
+        let told = told.get_mut(&namespace).and_then(|regions| regions.get_mut(&region));
+        told.map(|told| {
+            told.settle(region, local);
+            told.settled.clone()
+        })
+        .unwrap_or_default()
+    }
+
     /// Forgets everything, when leadership is lost.
     pub fn clear(&self) {
+        self.told.lock().clear();
         self.frontiers.send_if_modified(|frontiers| {
             let had_any = !frontiers.is_empty();
             frontiers.clear();
@@ -118,6 +179,25 @@ mod tests {
         peers.acknowledge(NS, RegionId(2), &upto(5));
         peers.acknowledge(NS, RegionId(2), &upto(3));
         assert_eq!(peers.of(NS, RegionId(2)), Some(upto(5)));
+    }
+
+    #[test]
+    fn what_a_region_told_counts_when_its_own_events_in_it_are_here() {
+        let eu = Actor { region: RegionId(2), incarnation: 1 };
+        let peers = PeerFrontiers::default();
+        let vector =
+            |us, eu_seq| -> VersionVector { [(US, us), (eu, eu_seq)].into_iter().collect() };
+        let settled = |local: &VersionVector| peers.settled(NS, RegionId(2), local);
+
+        peers.tell(NS, RegionId(2), vector(5, 3), &vector(9, 2));
+        assert!(settled(&vector(9, 2)).is_empty(), "eu's third event may not have seen us's fifth");
+        // A later one does not push out what still waits.
+        peers.tell(NS, RegionId(2), vector(8, 7), &vector(9, 2));
+        assert_eq!(settled(&vector(9, 3)), vector(5, 3));
+        peers.tell(NS, RegionId(2), vector(9, 8), &vector(9, 8));
+        assert_eq!(settled(&vector(9, 8)), vector(9, 8));
+        peers.clear();
+        assert!(settled(&vector(9, 8)).is_empty());
     }
 
     #[tokio::test(start_paused = true)]

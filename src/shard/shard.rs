@@ -1,12 +1,12 @@
 //! A shard: its Raft group, its data on this node, and what its callers wait for.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use tombolo_cluster::Topology;
 use tombolo_consensus::Group;
-use tombolo_core::{NamespaceId, NodeId, ShardId, VersionVector};
+use tombolo_core::{NamespaceId, NodeId, RegionId, ShardId, VersionVector};
 use tombolo_storage::ShardStore;
 
 use crate::{clock::Clock, error::ShardError, headroom::Headroom, peers::PeerFrontiers};
@@ -101,6 +101,35 @@ impl Shard {
         self.inner.store.frontier(namespace)
     }
 
+    /// What every region has applied, such that nothing that has not seen it can still come from
+    /// any of them: tombstones that it covers may go. Only meaningful on the leader.
+    pub fn stable_for_tombstones(&self, namespace: NamespaceId) -> VersionVector {
+        let local = self.frontier(namespace);
+        let peers = self.inner.topology.peers();
+        let settled = peers.map(|peer| self.inner.peers.settled(namespace, peer.id, &local));
+        settled.fold(local.clone(), |stable, settled| stable.meet(&settled))
+    }
+
+    /// The regions that keep tombstones of a namespace from going: those that have not told, or
+    /// whose own events are not all here. Looks at the first thousand. Only meaningful on the
+    /// leader.
+    ///
+    /// # Errors
+    /// If the data cannot be read.
+    pub fn tombstones_wait_for(
+        &self,
+        namespace: NamespaceId,
+    ) -> Result<BTreeSet<RegionId>, ShardError> {
+        let local = self.frontier(namespace);
+        let found = self.inner.store.tombstones(namespace, &[], TOMBSTONES_LOOKED_AT)?;
+        let settled = |peer| self.inner.peers.settled(namespace, peer, &local);
+        let blocks = |peer: &RegionId| {
+            let settled = settled(*peer);
+            found.iter().any(|(_, record)| !settled.covers_all(record.context()))
+        };
+        Ok(self.inner.topology.peers().map(|peer| peer.id).filter(blocks).collect())
+    }
+
     /// Waits until this replica has applied all of `needed`.
     ///
     /// Cancellation safe: it only looks.
@@ -143,5 +172,6 @@ impl Shard {
     }
 }
 
+const TOMBSTONES_LOOKED_AT: usize = 1000;
 /// How long a write that must wait for another region's changes waits between looks.
 pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(20);

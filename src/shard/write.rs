@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use tokio::time::Instant;
 use tombolo_core::{
     Change, Command, Content, NamespaceId, Outcome, RequestId, VersionVector,
-    command::{Check, FailedCheck, Ingest, Ingested, Operation, Trim, Write, Written},
+    command::{Check, Collect, FailedCheck, Ingest, Ingested, Operation, Trim, Write, Written},
     namespace::Namespace,
 };
 
@@ -87,7 +88,7 @@ impl Shard {
                     write.time = self.inner.clock.stamp();
                     continue;
                 }
-                Outcome::Ingested(_) | Outcome::Done => {
+                Outcome::Ingested(_) | Outcome::Collected(_) | Outcome::Done => {
                     return Err(self.unexpected("a write", &outcome));
                 }
             };
@@ -137,6 +138,18 @@ impl Shard {
         deadline: Instant,
     ) -> Result<(), ShardError> {
         let command = Command::Trim(Trim { namespace, upto });
+        self.propose(&command, deadline).await.map(|_| ())
+    }
+
+    /// Drops the tombstones of `keys` that `stable` covers.
+    pub(crate) async fn collect(
+        &self,
+        namespace: NamespaceId,
+        stable: VersionVector,
+        keys: Vec<Bytes>,
+        deadline: Instant,
+    ) -> Result<(), ShardError> {
+        let command = Command::Collect(Collect { namespace, stable, keys });
         self.propose(&command, deadline).await.map(|_| ())
     }
 

@@ -90,6 +90,34 @@ impl ShardStore {
     }
 }
 
+/// Where the store holds a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stored {
+    Nowhere,
+    /// Among the records.
+    Live,
+    /// Among the tombstones.
+    Dead,
+}
+
+impl Stored {
+    fn of(record: Option<&Record>) -> Self {
+        match record {
+            None => Self::Nowhere,
+            Some(record) if record.is_dead() => Self::Dead,
+            Some(_) => Self::Live,
+        }
+    }
+}
+
+/// A record that the run changes.
+struct Touched {
+    /// Where the store has it.
+    was: Stored,
+    /// What it is now; `None` if it was removed.
+    now: Option<Record>,
+}
+
 /// A run while it is executed.
 struct Run<'a> {
     shard: &'a Shard,
@@ -100,7 +128,9 @@ struct Run<'a> {
     keys: Keys,
     read_keys: RefCell<Keys>,
     value: Vec<u8>,
-    records: BTreeMap<NamespaceId, BTreeMap<Bytes, Record>>,
+    records: BTreeMap<NamespaceId, BTreeMap<Bytes, Touched>>,
+    /// What the last record read from the store was: the one that is written next, mostly.
+    last_read: RefCell<Option<(NamespaceId, Bytes, Stored)>>,
     frontiers: BTreeMap<NamespaceId, VersionVector>,
     trimmed: BTreeMap<NamespaceId, VersionVector>,
     /// Results that were remembered (`None`: forgotten) in this run.
@@ -151,6 +181,7 @@ impl<'a> Run<'a> {
             read_keys: RefCell::new(Keys::new(shard.id)),
             value: Vec::new(),
             records: BTreeMap::new(),
+            last_read: RefCell::new(None),
             frontiers: BTreeMap::new(),
             trimmed: BTreeMap::new(),
             requests: BTreeMap::new(),
@@ -213,11 +244,7 @@ impl<'a> Run<'a> {
         entries: u64,
         options: &WriteOptions,
     ) -> Result<(), StorageError> {
-        for (&namespace, records) in &self.records {
-            for (key, record) in records {
-                self.batch.put(self.keys.record(namespace, key), record.to_bytes());
-            }
-        }
+        let tombstones = self.write_records();
         // In key order, each kind for itself: neighbours in the memtable are found fast.
         for (&request, stored) in &self.requests {
             match stored {
@@ -251,6 +278,13 @@ impl<'a> Run<'a> {
             if self.membership.is_some() {
                 view.membership = self.membership;
             }
+            for (namespace, (added, removed)) in tombstones {
+                let count = view.tombstones.remove(&namespace).unwrap_or_default();
+                let count = (count + added).saturating_sub(removed);
+                if count > 0 {
+                    view.tombstones.insert(namespace, count);
+                }
+            }
             view.frontiers.extend(self.frontiers);
             view.trimmed.extend(self.trimmed);
         }
@@ -259,6 +293,71 @@ impl<'a> Run<'a> {
             shard.frontiers_moved.send_modify(|count| *count += 1);
         }
         Ok(())
+    }
+
+    /// Puts each record where it belongs, and answers how many tombstones came and went.
+    fn write_records(&mut self) -> BTreeMap<NamespaceId, (u64, u64)> {
+        let mut tombstones: BTreeMap<NamespaceId, (u64, u64)> = BTreeMap::new();
+        for (&namespace, records) in &self.records {
+            let (mut added, mut removed) = (0, 0);
+            for (key, Touched { was, now }) in records {
+                let is = Stored::of(now.as_ref());
+                if let (Some(record), Stored::Live) = (now, is) {
+                    self.batch.put(self.keys.record(namespace, key), record.to_bytes());
+                }
+                if *was == Stored::Live && is != Stored::Live {
+                    self.batch.delete(self.keys.record(namespace, key));
+                }
+            }
+            // Another part of the key space: for itself, in order.
+            for (key, Touched { was, now }) in records {
+                let is = Stored::of(now.as_ref());
+                if let (Some(record), Stored::Dead) = (now, is) {
+                    self.batch.put(self.keys.tombstone(namespace, key), record.to_bytes());
+                }
+                match (*was == Stored::Dead, is == Stored::Dead) {
+                    (true, false) => {
+                        self.batch.delete(self.keys.tombstone(namespace, key));
+                        removed += 1;
+                    }
+                    (false, true) => added += 1,
+                    (true, true) | (false, false) => {}
+                }
+            }
+            if added + removed > 0 {
+                tombstones.insert(namespace, (added, removed));
+            }
+        }
+        tombstones
+    }
+
+    /// Where the store has a record that this run has not touched yet.
+    fn stored(&self, namespace: NamespaceId, key: &[u8]) -> Result<Stored, StorageError> {
+        if let Some((read_namespace, read_key, stored)) = &*self.last_read.borrow()
+            && *read_namespace == namespace
+            && read_key == key
+        {
+            return Ok(*stored);
+        }
+        Ok(Stored::of(self.record(namespace, key)?.as_ref()))
+    }
+
+    fn touch(&mut self, namespace: NamespaceId, key: &Bytes, now: Option<Record>) {
+        if let Some(touched) =
+            self.records.get_mut(&namespace).and_then(|records| records.get_mut(key))
+        {
+            touched.now = now;
+            return;
+        }
+        match self.stored(namespace, key) {
+            Ok(was) => {
+                let records = self.records.entry(namespace).or_default();
+                records.insert(key.clone(), Touched { was, now });
+            }
+            Err(error) => {
+                self.failure.get_or_insert(error);
+            }
+        }
     }
 
     fn try_append(&mut self, namespace: NamespaceId, change: &Change) -> Result<(), StorageError> {
@@ -328,14 +427,21 @@ impl ShardState for Run<'_> {
     type Error = StorageError;
 
     fn record(&self, namespace: NamespaceId, key: &[u8]) -> Result<Option<Record>, StorageError> {
-        if let Some(record) = self.records.get(&namespace).and_then(|records| records.get(key)) {
-            return Ok(Some(record.clone()));
+        if let Some(held) = self.records.get(&namespace).and_then(|records| records.get(key)) {
+            return Ok(held.now.clone());
         }
-        self.shard.read_record(self.read_keys.borrow_mut().record(namespace, key))
+        let record = self.shard.read_record(&mut self.read_keys.borrow_mut(), namespace, key)?;
+        let stored = Stored::of(record.as_ref());
+        self.last_read.replace(Some((namespace, Bytes::copy_from_slice(key), stored)));
+        Ok(record)
     }
 
     fn put_record(&mut self, namespace: NamespaceId, key: &Bytes, record: Record) {
-        self.records.entry(namespace).or_default().insert(key.clone(), record);
+        self.touch(namespace, key, Some(record));
+    }
+
+    fn remove_record(&mut self, namespace: NamespaceId, key: &Bytes) {
+        self.touch(namespace, key, None);
     }
 
     fn frontier(&self, namespace: NamespaceId) -> VersionVector {

@@ -10,7 +10,8 @@
 //! | 3 change | namespace u32, region u16, incarnation u32, first seq u64 | header, `core::Change` |
 //! | 4 ledger | namespace u32, id 16 bytes | `core::LedgerEntry` |
 //! | 5 dedup | client u64, number u64 | results of the request |
-//! | 6, 7, 8 | kept for hash, tree and tombstone | |
+//! | 6, 7 | kept for hash and tree | |
+//! | 8 tombstone | namespace u32, the user's key | `core::Record` without a value |
 //!
 //! Keys of the whole store start with `0xffff`, which is no shard. `docs/format.md` describes
 //! the values.
@@ -41,6 +42,8 @@ pub(crate) enum Kind {
     Change = 3,
     Ledger = 4,
     Dedup = 5,
+    /// Records without a value, apart from those that scans read.
+    Tombstone = 8,
 }
 
 /// Facts about a shard.
@@ -115,6 +118,21 @@ impl Keys {
         &self.buffer
     }
 
+    pub(crate) fn tombstone(&mut self, namespace: NamespaceId, key: &[u8]) -> &[u8] {
+        self.start(Kind::Tombstone);
+        self.buffer.extend_from_slice(&namespace.0.to_be_bytes());
+        self.buffer.extend_from_slice(key);
+        &self.buffer
+    }
+
+    /// The key after the last tombstone of a namespace.
+    pub(crate) fn tombstones_end(&mut self, namespace: NamespaceId) -> &[u8] {
+        match namespace.0.checked_add(1) {
+            Some(next) => self.tombstone(NamespaceId(next), b""),
+            None => self.kind_end(Kind::Tombstone),
+        }
+    }
+
     /// The key after the last record of a namespace.
     pub(crate) fn records_end(&mut self, namespace: NamespaceId) -> &[u8] {
         match namespace.0.checked_add(1) {
@@ -176,7 +194,13 @@ impl Keys {
     }
 }
 
-/// The user's key of a record key.
+/// The namespace of a record's or tombstone's key.
+pub(crate) fn key_namespace(key: &[u8]) -> Option<NamespaceId> {
+    let bytes = key.get(PREFIX_BYTES..RECORD_PREFIX_BYTES)?;
+    Some(NamespaceId(u32::from_be_bytes(bytes.try_into().ok()?)))
+}
+
+/// The user's key of a record's or tombstone's key.
 pub(crate) fn user_key(key: &[u8]) -> Option<&[u8]> {
     key.get(RECORD_PREFIX_BYTES..)
 }

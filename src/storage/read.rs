@@ -3,6 +3,8 @@
 //! Every call sees one moment of the store, and does a bounded amount of work: a scan over many
 //! tombstones answers an empty page with a resume key instead of taking for ever.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use tombolo_core::{
     HybridTime, NamespaceId, Record, RequestId,
@@ -43,12 +45,22 @@ pub struct ScanPage {
 }
 
 impl Shard {
-    /// Reads the record under a full key.
-    pub(crate) fn read_record(&self, key: &[u8]) -> Result<Option<Record>, StorageError> {
-        match self.get(key)? {
-            Some(value) => Ok(Some(self.decode_record(&value)?)),
-            None => Ok(None),
+    /// Reads a record, wherever it lies.
+    pub(crate) fn read_record(
+        &self,
+        keys: &mut Keys,
+        namespace: NamespaceId,
+        key: &[u8],
+    ) -> Result<Option<Record>, StorageError> {
+        if let Some(value) = self.get(keys.record(namespace, key))? {
+            return Ok(Some(self.decode_record(&value)?));
         }
+        // Most namespaces have none, and then a miss costs one look instead of two.
+        if !self.view.read().tombstones.contains_key(&namespace) {
+            return Ok(None);
+        }
+        let dead = self.get(keys.tombstone(namespace, key))?;
+        dead.map(|value| self.decode_record(&value)).transpose()
     }
 
     fn decode_record(&self, value: &[u8]) -> Result<Record, StorageError> {
@@ -72,7 +84,7 @@ impl ShardStore {
         namespace: NamespaceId,
         key: &[u8],
     ) -> Result<Option<Record>, StorageError> {
-        self.inner.read_record(Keys::new(self.inner.id).record(namespace, key))
+        self.inner.read_record(&mut Keys::new(self.inner.id), namespace, key)
     }
 
     /// The records of several keys, all as of one moment, in the order of `keys`.
@@ -89,8 +101,11 @@ impl ShardStore {
         let mut buffer = Keys::new(shard.id);
         let mut records = Vec::with_capacity(keys.len());
         for key in keys {
-            let value = snapshot.get_pinned(buffer.record(namespace, key));
-            let value = value.map_err(|error| shard.engine_error(&error))?;
+            let failed = |error| shard.engine_error(&error);
+            let mut value = snapshot.get_pinned(buffer.record(namespace, key)).map_err(failed)?;
+            if value.is_none() {
+                value = snapshot.get_pinned(buffer.tombstone(namespace, key)).map_err(failed)?;
+            }
             records.push(value.map(|value| shard.decode_record(&value)).transpose()?);
         }
         Ok(records)
@@ -103,6 +118,41 @@ impl ShardStore {
     pub fn remembers(&self, request: RequestId) -> Result<bool, StorageError> {
         let found = self.inner.get(Keys::new(self.inner.id).dedup(request))?;
         Ok(found.is_some())
+    }
+
+    /// Keys and records of a namespace's tombstones, in order of the keys: at most `limit` from
+    /// `start` on.
+    ///
+    /// # Errors
+    /// If one cannot be read.
+    pub fn tombstones(
+        &self,
+        namespace: NamespaceId,
+        start: &[u8],
+        limit: usize,
+    ) -> Result<Vec<(Bytes, Record)>, StorageError> {
+        let shard = &*self.inner;
+        let mut keys = Keys::new(shard.id);
+        let start = keys.tombstone(namespace, start).to_vec();
+        let end = keys.tombstones_end(namespace).to_vec();
+        let mut pairs = shard.iterate(start, end, false);
+        pairs.seek_to_first();
+        let mut found = Vec::new();
+        while found.len() < limit
+            && let Some((key, value)) = pairs.item()
+        {
+            let key =
+                layout::user_key(key).ok_or_else(|| StorageError::key(shard.id, "tombstone"))?;
+            found.push((Bytes::copy_from_slice(key), shard.decode_record(value)?));
+            pairs.next();
+        }
+        shard.check(&pairs)?;
+        Ok(found)
+    }
+
+    /// How many tombstones each namespace has; those that have none are left out.
+    pub fn tombstone_counts(&self) -> BTreeMap<NamespaceId, u64> {
+        self.inner.view.read().tombstones.clone()
     }
 
     /// A page of the records in a range, without tombstones: at most `max_keys` (at least one)

@@ -142,6 +142,8 @@ pub(crate) struct View {
     pub(crate) membership: Option<(Position, Bytes)>,
     pub(crate) frontiers: BTreeMap<NamespaceId, VersionVector>,
     pub(crate) trimmed: BTreeMap<NamespaceId, VersionVector>,
+    /// How many tombstones each namespace has, where it is not 0.
+    pub(crate) tombstones: BTreeMap<NamespaceId, u64>,
 }
 
 /// What only the apply path knows. Looked up by key, never iterated.
@@ -204,7 +206,25 @@ impl Shard {
             pairs.next();
         }
         self.check(&pairs)?;
+        view.tombstones = self.count_tombstones()?;
         Ok(view)
+    }
+
+    fn count_tombstones(&self) -> Result<BTreeMap<NamespaceId, u64>, StorageError> {
+        let mut keys = Keys::new(self.id);
+        let start = keys.kind_start(Kind::Tombstone).to_vec();
+        let end = keys.kind_end(Kind::Tombstone).to_vec();
+        let mut pairs = self.iterate(start, end, false);
+        pairs.seek_to_first();
+        let mut counts = BTreeMap::new();
+        while let Some(key) = pairs.key() {
+            let namespace = layout::key_namespace(key)
+                .ok_or_else(|| StorageError::key(self.id, "tombstone"))?;
+            *counts.entry(namespace).or_default() += 1;
+            pairs.next();
+        }
+        self.check(&pairs)?;
+        Ok(counts)
     }
 
     /// Reads the highest remembered number of each client: two seeks a client.

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use tombolo_core::{
     Actor, Change, Command, Content, HybridTime, NamespaceId, Outcome, Record, RegionId, RequestId,
     Rule, ShardId, ShardState, VersionVector,
-    command::{Check, Condition, Ingest, Operation, Remembered, Trim, Write},
+    command::{Check, Collect, Condition, Ingest, Operation, Remembered, Trim, Write},
     encode_batch, execute,
     ledger::LedgerEntry,
     testing::MemoryState,
@@ -165,9 +165,12 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
                     state.frontiers.insert(namespace, frontier);
                 }
             }
-            kind if kind == Kind::Record as u8 => {
+            kind if kind == Kind::Record as u8 || kind == Kind::Tombstone as u8 => {
                 let user_key = Bytes::copy_from_slice(layout::user_key(key).unwrap());
-                state.records.insert((namespace(), user_key), Record::from_bytes(value).unwrap());
+                let record = Record::from_bytes(value).unwrap();
+                assert_eq!(record.is_dead(), kind == Kind::Tombstone as u8, "it lies elsewhere");
+                let before = state.records.insert((namespace(), user_key), record);
+                assert_eq!(before, None, "a key lies in two places");
             }
             kind if kind == Kind::Change as u8 => {
                 let (namespace, actor) = layout::change_actor(key).unwrap();
@@ -188,6 +191,11 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
         pairs.next();
     }
     pairs.status().unwrap();
+    let mut dead = BTreeMap::new();
+    for ((namespace, _), _) in state.records.iter().filter(|(_, record)| record.is_dead()) {
+        *dead.entry(*namespace).or_default() += 1;
+    }
+    assert_eq!(shard.tombstone_counts(), dead);
     state
 }
 
@@ -208,6 +216,8 @@ pub(crate) enum Event {
     Pull { sibling: bool },
     /// The part of the log below this part (in quarters) of each actor's events goes.
     Trim { sibling: bool, quarters: u8 },
+    /// Tombstones below this part (in quarters) of each actor's events go.
+    Collect { sibling: bool, quarters: u8 },
     /// Requests are forgotten.
     Forget(Vec<(u8, u8)>),
 }
@@ -234,6 +244,8 @@ pub(crate) fn events() -> impl Strategy<Value = Vec<Vec<Event>>> {
             .prop_map(|(sibling, keys, pull_first)| Event::RemoteWrite { sibling, keys, pull_first }),
         2 => any::<bool>().prop_map(|sibling| Event::Pull { sibling }),
         1 => (any::<bool>(), 0u8..5).prop_map(|(sibling, quarters)| Event::Trim { sibling, quarters }),
+        1 => (any::<bool>(), 0u8..5)
+            .prop_map(|(sibling, quarters)| Event::Collect { sibling, quarters }),
         1 => prop::collection::vec(request, 1..4).prop_map(Event::Forget),
     ];
     prop::collection::vec(prop::collection::vec(event, 0..4), 1..24)
@@ -311,6 +323,13 @@ impl World {
                 let part = |(actor, seq): (Actor, u64)| (actor, seq * u64::from(*quarters) / 4);
                 let upto = self.local.frontier(namespace).iter().map(part).collect();
                 Command::Trim(Trim { namespace, upto })
+            }
+            Event::Collect { sibling, quarters } => {
+                let namespace = namespace(*sibling);
+                let part = |(actor, seq): (Actor, u64)| (actor, seq * u64::from(*quarters) / 4);
+                let stable = self.local.frontier(namespace).iter().map(part).collect();
+                let keys = (0u8..6).map(|key| Bytes::from(format!("key-{key}"))).collect();
+                Command::Collect(Collect { namespace, stable, keys })
             }
             Event::Forget(requests) => Command::ForgetRequests(
                 requests.iter().map(|&(client, number)| request_id(client, number)).collect(),

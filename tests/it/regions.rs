@@ -128,3 +128,110 @@ async fn namespaces_are_created_from_any_region_and_deleted_everywhere() {
     assert!(us.namespace("orders").get("k").await.unwrap().value().is_none());
     cluster.stop().await;
 }
+
+/// The bridge partition of Jepsen: us - eu - ap, and no path between us and ap.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_region_in_the_middle_relays_what_the_others_cannot_exchange() {
+    let regions = [("us", 1), ("eu", 1), ("ap", 1)];
+    let cluster = Cluster::start_with_cuts(&regions, 2, &[("us", "ap")]).await;
+    let mut clients = Vec::new();
+    for (name, _) in regions {
+        clients.push((name, cluster.client(name).await));
+    }
+    for number in 0..20 {
+        for (name, client) in &clients {
+            let keys = client.namespace("default");
+            keys.put(format!("{name}{number}"), *name).await.unwrap();
+            keys.put(format!("shared{number}"), *name).await.unwrap();
+        }
+    }
+    wait_until("three regions hold the same 80 keys", async || {
+        let mut seen = Vec::new();
+        for (_, client) in &clients {
+            let entries = client.namespace("default").scan().collect().await.unwrap();
+            let versions: Vec<_> =
+                entries.iter().map(|entry| (entry.key.clone(), entry.versions.clone())).collect();
+            seen.push(versions);
+        }
+        seen[0].len() == 80 && seen[0] == seen[1] && seen[1] == seen[2]
+    })
+    .await;
+
+    // Written while the relay is settled: each change crosses each link once. The regions at the
+    // ends get their own 40 + 40 from the middle, which gets 40 from each.
+    let received = async |client: &tombolo_client::Client, peer: &str| {
+        let links = client.admin().list_links(Some(peer)).await.unwrap().links;
+        links
+            .iter()
+            .filter(|link| link.namespace == "default")
+            .map(|link| link.received_events)
+            .sum::<u64>()
+    };
+    let before = [received(&clients[0].1, "eu").await, received(&clients[2].1, "eu").await];
+    for number in 0..20 {
+        for (name, client) in &clients {
+            client.namespace("default").put(format!("{name}{number}"), "again").await.unwrap();
+        }
+    }
+    wait_until("the ends have what each other wrote", async || {
+        received(&clients[0].1, "eu").await >= before[0] + 40
+            && received(&clients[2].1, "eu").await >= before[1] + 40
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    for (at, place) in [(0, 0), (1, 2)] {
+        assert_eq!(
+            received(&clients[place].1, "eu").await,
+            before[at] + 40,
+            "no change came twice"
+        );
+    }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tombstones_go_when_every_region_has_them_and_say_whom_they_wait_for_until_then() {
+    let mut cluster = Cluster::start(&[("us", 1), ("eu", 1)], 2).await;
+    let us = cluster.client("us").await;
+    let (keys, eu) = (us.namespace("default"), cluster.client("eu").await);
+    for number in 0..20 {
+        keys.put(format!("k{number}"), "v").await.unwrap();
+    }
+    wait_until("eu has the keys", async || {
+        eu.namespace("default").scan().collect().await.is_ok_and(|found| found.len() == 20)
+    })
+    .await;
+    cluster.members[1].stop().await;
+    for number in 0..20 {
+        keys.delete(format!("k{number}")).await.unwrap();
+    }
+    let kept = async |client: &tombolo_client::Client| {
+        let rows = client.admin().list_tombstones(Some("default")).await.unwrap().tombstones;
+        let waits: Vec<String> =
+            rows.iter().flat_map(|row| row.waits_for_regions.clone()).collect();
+        (rows.iter().map(|row| row.count).sum::<u64>(), waits)
+    };
+    // Longer than collection takes when nothing is in its way.
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    let (count, waits) = kept(&us).await;
+    assert_eq!(count, 20);
+    assert!(waits.iter().all(|region| region == "eu") && !waits.is_empty(), "{waits:?}");
+
+    cluster.members[1].start().await;
+    cluster.wait_ready().await;
+    let eu = cluster.client("eu").await;
+    wait_until("no region keeps a tombstone", async || {
+        kept(&us).await.0 == 0 && kept(&eu).await.0 == 0
+    })
+    .await;
+    for client in [&us, &eu] {
+        assert!(client.namespace("default").scan().collect().await.unwrap().is_empty());
+    }
+    // A key that was collected can be written again, everywhere.
+    eu.namespace("default").put("k1", "again").await.unwrap();
+    wait_until("us sees it", async || {
+        keys.get("k1").await.is_ok_and(|got| got.value().is_some_and(|value| value == "again"))
+    })
+    .await;
+    cluster.stop().await;
+}

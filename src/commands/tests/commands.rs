@@ -429,6 +429,12 @@ async fn control_lists_are_tables_and_json() {
     eu    default    2      1     blocked    3       4m 12s  5        connection refused
     ");
     assert_snapshot!(line("ctl link list").at(&region).await.text().lines().next().expect("a line"), @r#"{"peerRegion":"eu","namespace":"default","shard":0,"nodeId":"1","phase":"LINK_PHASE_STREAMING","lagEvents":"3","lagSeconds":0.035,"unacknowledgedEvents":"5","lastError":"","receivedEvents":"100","receivedBytes":"4096"}"#);
+    assert_snapshot!(line("ctl tombstones").on_tty().at(&region).await.text(), @"
+    NAMESPACE  SHARD  NODE  TOMBSTONES  WAITS FOR
+    default    0      1     7           ap,eu
+    default    1      1     3           eu
+    ");
+    assert_snapshot!(line("ctl tombstones default").at(&region).await.text().lines().next().expect("a line"), @r#"{"namespace":"default","shard":0,"nodeId":"1","count":"7","waitsForRegions":["ap","eu"]}"#);
     assert_snapshot!(line("ctl namespace create carts --rule siblings").on_tty().at(&region).await.text(), @"
     NAME   ID  RULE      CREATED               ETAG
     carts  2   siblings  2023-11-14T22:13:20Z  e1

@@ -1,11 +1,13 @@
 //! Meanings of each command, and convergence of whole regions under random histories.
 
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
 
 use super::*;
 use crate::{
     HybridTime,
-    command::{Check, Condition, Operation, Trim},
+    command::{Check, Collect, Condition, Operation, Trim},
     id::{Actor, RegionId},
     record::Content,
     testing::MemoryState,
@@ -255,11 +257,50 @@ fn trim_never_forgets_what_is_not_applied_here() {
     assert_eq!(values(&state, "a"), ["1"]);
 }
 
+#[test]
+fn a_tombstone_goes_only_when_it_is_stable() {
+    let mut state = MemoryState::default();
+    let rule = Rule::Lww;
+    run(&mut state, Write { rule, ..write(1, 1, vec![put("a", "1"), put("b", "1")]) });
+    let deleted = Operation { content: Content::Tombstone, ..put("a", "") };
+    run(&mut state, Write { rule, ..write(1, 2, vec![deleted]) });
+    let keys: Vec<Bytes> = vec!["a".into(), "b".into(), "c".into()];
+    let collect = |seq| {
+        let stable = [(actor(1), seq), (actor(2), 9)].into_iter().collect();
+        Command::Collect(Collect { namespace: NS, stable, keys: keys.clone() })
+    };
+    assert_eq!(execute(&mut state, &collect(2)), Ok(Outcome::Collected(0)));
+    assert!(state.record(NS, b"a").unwrap().is_some());
+    assert_eq!(execute(&mut state, &collect(3)), Ok(Outcome::Collected(1)));
+    assert_eq!(state.record(NS, b"a"), Ok(None));
+    assert_eq!(values(&state, "b"), ["1"]);
+}
+
+#[test]
+fn a_write_after_collection_wins_where_the_tombstone_is_still_held() {
+    let rule = Rule::Lww;
+    let [mut us, mut eu] = [MemoryState::default(), MemoryState::default()];
+    let deleted = Operation { content: Content::Tombstone, ..put("a", "") };
+    // Stamped by a clock that is far ahead.
+    run(&mut us, Write { rule, ..write(1, 9_000, vec![deleted]) });
+    let log = us.changes_above(NS, &VersionVector::new());
+    ingest(&mut eu, 2, rule, log);
+    let stable = eu.frontier(NS);
+    let keys = vec!["a".into()];
+    let collected = execute(&mut eu, &Command::Collect(Collect { namespace: NS, stable, keys }));
+    assert_eq!(collected, Ok(Outcome::Collected(1)));
+    run(&mut eu, Write { rule, ..write(2, 5, vec![put("a", "new")]) });
+    let log = eu.changes_above(NS, &us.frontier(NS));
+    ingest(&mut us, 1, rule, log);
+    assert_eq!(values(&us, "a"), ["new"]);
+}
+
 /// What happens in one random history of three regions.
 #[derive(Clone, Debug)]
 enum Step {
     Write { region: u16, key: u8, wall: u64, delete: bool, context_of: Option<u16> },
     Pull { into: u16, from: u16 },
+    Collect { at: u16 },
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
@@ -275,14 +316,32 @@ fn any_step() -> impl Strategy<Value = Step> {
             }
         ),
         (region(), region()).prop_map(|(into, from)| Step::Pull { into, from }),
+        region().prop_map(|at| Step::Collect { at }),
     ]
 }
 
-fn pull(regions: &mut [MemoryState; 3], into: u16, from: u16, rule: Rule) {
+/// What each region has heard of the others, and holds all own events of.
+type Told = BTreeMap<(u16, u16), VersionVector>;
+
+/// Drops all dead records at a region that are stable by what it has heard.
+fn collect(regions: &mut [MemoryState; 3], told: &Told, at: u16) {
+    let state = &mut regions[usize::from(at) - 1];
+    let mut stable = state.frontier(NS);
+    for other in (1..4).filter(|&other| other != at) {
+        stable = stable.meet(told.get(&(at, other)).unwrap_or(&VersionVector::new()));
+    }
+    let keys: Vec<Bytes> = state.records.keys().map(|(_, key)| key.clone()).collect();
+    let command = Command::Collect(Collect { namespace: NS, stable, keys });
+    let Ok(_) = execute(state, &command);
+}
+
+fn pull(regions: &mut [MemoryState; 3], told: &mut Told, into: u16, from: u16, rule: Rule) {
     let frontier = regions[usize::from(into) - 1].frontier(NS);
     let changes = regions[usize::from(from) - 1].changes_above(NS, &frontier);
     let done = ingest(&mut regions[usize::from(into) - 1], into, rule, changes);
     assert_eq!(done.stopped, None, "a peer's log is causally closed");
+    // All of it was applied, so nothing that it had not seen can come from there any more.
+    told.insert((into, from), regions[usize::from(from) - 1].frontier(NS));
 }
 
 proptest! {
@@ -290,6 +349,7 @@ proptest! {
     fn regions_converge_after_any_history(steps in prop::collection::vec(any_step(), 0..60), lww: bool) {
         let rule = if lww { Rule::Lww } else { Rule::Siblings };
         let mut regions: [MemoryState; 3] = Default::default();
+        let mut told = Told::new();
         for (number, step) in steps.into_iter().enumerate() {
             match step {
                 Step::Write { region, key, wall, delete, context_of } => {
@@ -303,18 +363,28 @@ proptest! {
                     let command = Write { rule, ..write(region, wall, vec![operation]) };
                     run(&mut regions[usize::from(region) - 1], command);
                 }
-                Step::Pull { into, from } => pull(&mut regions, into, from, rule),
+                Step::Pull { into, from } => pull(&mut regions, &mut told, into, from, rule),
+                Step::Collect { at } => collect(&mut regions, &told, at),
             }
         }
         for _ in 0..2 {
             for into in 1..4 {
                 for from in (1..4).filter(|&from| from != into) {
-                    pull(&mut regions, into, from, rule);
+                    pull(&mut regions, &mut told, into, from, rule);
                 }
             }
         }
+        for at in 1..4 {
+            collect(&mut regions, &told, at);
+            let dead = regions[usize::from(at) - 1].records.values().filter(|held| held.is_dead());
+            prop_assert_eq!(dead.count(), 0, "everyone has every deletion");
+        }
+        // What was collected is in nobody's context, so only what is held can be compared.
+        let held = |state: &MemoryState| -> Vec<_> {
+            state.records.iter().map(|(key, held)| (key.clone(), held.siblings().to_vec())).collect()
+        };
         for other in &regions[1..] {
-            prop_assert_eq!(&regions[0].records, &other.records);
+            prop_assert_eq!(held(&regions[0]), held(other));
             prop_assert_eq!(&regions[0].frontiers, &other.frontiers);
             prop_assert_eq!(&regions[0].changes, &other.changes);
         }

@@ -51,7 +51,7 @@ impl Replica {
     fn take(&mut self, delta: Delta, deps: VersionVector, rule: Rule) {
         assert!(self.frontier.covers_all(&deps));
         self.frontier.add(delta.sibling.dot);
-        self.dropped.extend(self.record.apply(&delta, rule));
+        self.dropped.extend(self.record.apply(&delta, &deps, rule));
         self.log.push((delta, deps));
     }
 

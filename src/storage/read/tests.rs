@@ -40,7 +40,7 @@ fn a_scan_is_ordered_bounded_and_resumes_in_both_directions() {
     run_write(&shard, other);
 
     let page = shard.scan(LWW, &range("a", None, false), 2, usize::MAX).unwrap();
-    assert_eq!((keys_of(&page), page.next), (vec!["a".into(), "b".into()], Some("c".into())));
+    assert_eq!((keys_of(&page), page.next), (vec!["a".into(), "b".into()], Some("d".into())));
     let page = shard.scan(LWW, &range("", None, true), 2, usize::MAX).unwrap();
     assert_eq!((keys_of(&page), page.next), (vec!["e".into(), "d".into()], Some("d".into())));
     let page = shard.scan(LWW, &range("", Some("d"), true), 9, usize::MAX).unwrap();
@@ -54,9 +54,9 @@ fn a_scan_is_ordered_bounded_and_resumes_in_both_directions() {
 }
 
 #[test]
-fn a_scan_over_many_tombstones_pauses_with_a_resume_key() {
+fn a_scan_does_not_wade_through_tombstones() {
     let (_dir, _store, shard) = fresh();
-    let count = SKIPPED_MAX + 10;
+    let count = 5000;
     let names: Vec<String> = (0..count).map(|at| format!("k{at:06}")).collect();
     let deletions: Vec<Command> = names
         .chunks(100)
@@ -72,7 +72,7 @@ fn a_scan_over_many_tombstones_pauses_with_a_resume_key() {
             expected.reverse();
         }
         assert_eq!(keys, expected);
-        assert_eq!(calls, 2);
+        assert_eq!(calls, 1);
     }
 }
 

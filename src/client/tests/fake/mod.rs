@@ -641,6 +641,21 @@ impl RegionService for Node {
         Ok(Response::new(v1::ListLinksResponse { links, unreachable: vec![] }))
     }
 
+    async fn list_tombstones(
+        &self,
+        _: Request<v1::ListTombstonesRequest>,
+    ) -> Result<Response<v1::ListTombstonesResponse>, Status> {
+        let row = |shard, count, waits_for: &[&str]| v1::Tombstones {
+            namespace: "default".into(),
+            shard,
+            node_id: 1,
+            count,
+            waits_for_regions: waits_for.iter().map(ToString::to_string).collect(),
+        };
+        let tombstones = vec![row(0, 7, &["ap", "eu"]), row(1, 3, &["eu"])];
+        Ok(Response::new(v1::ListTombstonesResponse { tombstones, unreachable: vec![] }))
+    }
+
     async fn pause_link(
         &self,
         _: Request<v1::PauseLinkRequest>,
