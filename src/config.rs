@@ -159,6 +159,9 @@ pub struct Storage {
     pub flush_interval: Duration,
     /// Raft log bytes after which memtables are flushed; bounds replay after a crash.
     pub flush_log_bytes: u64,
+    /// Time between two readings of all data.
+    #[serde(with = "humantime_serde")]
+    pub scrub_interval: Duration,
     /// Free disk space below which writes that add data are refused.
     pub reserve_bytes: u64,
 }

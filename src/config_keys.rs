@@ -216,6 +216,12 @@ pub const KEYS: &[Key] = &[
         "Raft log after which the write buffer is flushed; bounds replay after a crash.",
     ),
     key(
+        "storage.scrub_interval",
+        millis(1000, 24 * 365 * HOUR_MS),
+        "\"7days\"",
+        "Time between two readings of all data, to find damage before it is needed.",
+    ),
+    key(
         "storage.reserve_bytes",
         bytes(0, 1024 * TIB),
         "268435456",

@@ -23,7 +23,7 @@ use tombolo_service::{
     Admission, AdmissionLayer, CatalogWriter, ClusterApi, ConflictApi, Gateway, KvApi, Limits,
     NamespaceApi, NodeApi, NodeChannels, RegionApi, WatchApi, http, metrics::Metrics,
 };
-use tombolo_shard::{Clock, CollectConfig, Collector, Headroom, Shard, Shards};
+use tombolo_shard::{Clock, CollectConfig, Collector, Headroom, Scrubber, Shard, Shards};
 use tombolo_storage::{Store, StoreConfig};
 use tonic::transport::{Server, server::TcpIncoming};
 
@@ -337,6 +337,7 @@ impl Node {
         let (stop_streams, stop_ports) = (CancellationToken::new(), CancellationToken::new());
         let tasks = TaskTracker::new();
 
+        let scrubber = Scrubber::new(shards.clone(), config.storage.scrub_interval);
         let links = Links::new(shards.clone(), replication_config(config));
         let (statuses, link_channels) = (links.statuses(), links.channels());
         let metrics = Arc::new(Metrics::new());
@@ -347,6 +348,7 @@ impl Node {
             log: log.clone(),
             links: Arc::clone(&statuses),
             headroom: Arc::clone(&headroom),
+            scrubbed: scrubber.counts(),
             segment_bytes: config.raft_log.segment_bytes,
         };
         metrics.on_scrape(Box::new(move |metrics| sources.refresh(metrics)));
@@ -427,6 +429,7 @@ impl Node {
         );
         let stop = stop_streams.clone();
         tasks.spawn(async move { shards.follow_catalog(stop).await });
+        tasks.spawn(scrubber.run(stop_streams.clone()));
         tasks.spawn(watch_disk(store, headroom, stop_streams.clone()));
         tasks.spawn(report_health(health, Arc::clone(&checks), stop_ports.clone()));
         Ok(Self { consensus, log, checks, admission, stop_streams, stop_ports, tasks })

@@ -9,7 +9,7 @@ use tombolo_service::{
     lag_of,
     metrics::{LinkNumbers, Metrics, RaftLogNumbers, RaftNumbers, RocksNumbers},
 };
-use tombolo_shard::{Headroom, Shards};
+use tombolo_shard::{Headroom, ScrubCounts, Shards};
 use tombolo_storage::Store;
 
 /// What the numbers are read from.
@@ -20,6 +20,7 @@ pub(crate) struct Sources {
     pub(crate) log: RaftLog,
     pub(crate) links: Arc<LinkStatuses>,
     pub(crate) headroom: Arc<Headroom>,
+    pub(crate) scrubbed: Arc<ScrubCounts>,
     pub(crate) segment_bytes: u64,
 }
 
@@ -41,6 +42,7 @@ impl Sources {
             );
         }
         self.refresh_links(metrics);
+        metrics.set_scrubbed(self.scrubbed.records(), self.scrubbed.damaged());
         let led = self.shards.iter().filter(|shard| shard.is_leader());
         let tombstones = led.flat_map(|shard| shard.store().tombstone_counts().into_values()).sum();
         metrics.set_tombstones(tombstones);

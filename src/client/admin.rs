@@ -109,6 +109,18 @@ impl Admin {
         ask!(self, Safety::Read, RegionServiceClient, list_tombstones, request)
     }
 
+    /// The Merkle root of each shard of a namespace, with what is applied there.
+    ///
+    /// # Errors
+    /// As any read.
+    pub async fn summarize_namespace(
+        &self,
+        name: impl Into<String>,
+    ) -> Result<v1::SummarizeNamespaceResponse> {
+        let request = v1::SummarizeNamespaceRequest { namespace: name.into() };
+        ask!(self, Safety::Read, RegionServiceClient, summarize_namespace, request)
+    }
+
     /// Creates a namespace in every region.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use crate::exit::{Exit, Failure};
 use crate::io::Io;
 use crate::output::{Format, json, json_list, show_seconds, table};
 use crate::status::Status;
+use crate::verify::{Verify, verify};
 use clap::Subcommand;
 use serde::Serialize;
 use std::io::Write;
@@ -21,6 +22,7 @@ pub struct Ctl {
 
 #[derive(Clone, Debug, Subcommand)]
 pub enum CtlCommand {
+    Verify(Verify),
     /// Deletions that are kept until every region has them, and which region they wait for
     Tombstones {
         /// Only of this namespace
@@ -121,6 +123,7 @@ impl Ctl {
             | CtlCommand::Region(RegionCommand::List { connection })
             | CtlCommand::Link(LinkCommand::List { connection, .. })
             | CtlCommand::Tombstones { connection, .. }
+            | CtlCommand::Verify(Verify { connection, .. })
             | CtlCommand::Namespace(
                 NamespaceCommand::Create { connection, .. }
                 | NamespaceCommand::List { connection }
@@ -145,6 +148,7 @@ pub(crate) async fn ctl(args: &Ctl, io: &mut Io) -> Result<Exit, Failure> {
             print_regions(&reply.regions, connection.format(io), &mut io.out)?;
             warn_unreachable(&reply.unreachable, io)
         }
+        CtlCommand::Verify(args) => verify(args, io).await,
         CtlCommand::Tombstones { only, connection } => {
             let (client, _) = connection.connect(io, None).await?;
             let reply = client.admin().list_tombstones(only.as_deref()).await?;

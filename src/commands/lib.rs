@@ -24,6 +24,7 @@ mod output;
 mod progress;
 mod session_file;
 mod status;
+mod verify;
 
 pub use commit::Commit;
 pub use connection::Connection;

@@ -18,6 +18,7 @@ pub mod hlc;
 pub mod id;
 pub mod key;
 pub mod ledger;
+pub mod merkle;
 pub mod namespace;
 pub mod placement;
 pub mod record;

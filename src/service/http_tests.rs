@@ -147,6 +147,7 @@ async fn metrics_hold_every_documented_name_and_no_other() {
         metrics.set_raft_log(&RaftLogNumbers { syncs: 5, ..Default::default() });
         metrics.set_rocksdb(&RocksNumbers { sst_bytes: 99, ..Default::default() });
         metrics.set_disk(77, true);
+        metrics.set_scrubbed(9, 1);
     }));
     server.state.metrics.rpc("/tombolo.v1.KvService/Get").finish(Code::Ok, None);
 
@@ -179,6 +180,7 @@ async fn metrics_hold_every_documented_name_and_no_other() {
         "tombolo_rocksdb_sst_bytes 99",
         "tombolo_disk_free_bytes 77",
         "tombolo_disk_short 1",
+        "tombolo_scrub_damaged_total 1",
     ] {
         assert!(body.contains(line), "{line} is not in:\n{body}");
     }

@@ -129,6 +129,10 @@ descriptions! {
         "Flushes at work"
     ROCKSDB_STOPPED Gauge "tombolo_rocksdb_write_stopped" []
         "1 while RocksDB refuses writes because compaction is behind"
+    SCRUB_RECORDS Counter "tombolo_scrub_records_total" []
+        "Records read by scrubbing"
+    SCRUB_DAMAGED Counter "tombolo_scrub_damaged_total" []
+        "Times scrubbing found a namespace of a shard damaged"
     DISK_FREE Gauge "tombolo_disk_free_bytes" []
         "Space that the node may still use on its data directory's file system"
     DISK_SHORT Gauge "tombolo_disk_short" []
@@ -254,6 +258,8 @@ pub struct Metrics {
     rocksdb_flushes: GaugeU64,
     rocksdb_stopped: GaugeU64,
     tombstones: GaugeU64,
+    scrub_records: Counter,
+    scrub_damaged: Counter,
     disk_free: GaugeU64,
     disk_short: GaugeU64,
     process: ProcessMetrics,
@@ -299,6 +305,8 @@ impl Metrics {
             rocksdb_flushes: register(r, &ROCKSDB_FLUSHES),
             rocksdb_stopped: register(r, &ROCKSDB_STOPPED),
             tombstones: register(r, &TOMBSTONES),
+            scrub_records: register(r, &SCRUB_RECORDS),
+            scrub_damaged: register(r, &SCRUB_DAMAGED),
             disk_free: register(r, &DISK_FREE),
             disk_short: register(r, &DISK_SHORT),
             process: ProcessMetrics {
@@ -363,6 +371,11 @@ impl Metrics {
     pub fn set_disk(&self, free_bytes: u64, is_short: bool) {
         self.disk_free.set(free_bytes);
         self.disk_short.set(is_short.into());
+    }
+
+    pub fn set_scrubbed(&self, records: u64, damaged: u64) {
+        raise(&self.scrub_records, records);
+        raise(&self.scrub_damaged, damaged);
     }
 
     pub fn set_tombstones(&self, count: u64) {

@@ -5,7 +5,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures::future::join_all;
+use futures::future::{join_all, try_join_all};
+use tokio::time::Instant;
 use tombolo_core::NamespaceId;
 use tombolo_proto::v1::{
     self as pb,
@@ -13,6 +14,8 @@ use tombolo_proto::v1::{
     region_service_server::{RegionService, RegionServiceServer},
 };
 use tombolo_replication::{LinkKey, LinkPhase, LinkStatus, LinkStatuses};
+use tombolo_shard::{Consistency, Shard};
+use tombolo_storage::Summary;
 use tonic::{Request, Response, Status, metadata::MetadataValue, transport::Channel};
 
 use crate::{
@@ -115,6 +118,29 @@ impl RegionApi {
             }
         }
         Ok(found)
+    }
+
+    async fn own_summaries(
+        &self,
+        namespace: &str,
+        deadline: Instant,
+    ) -> Result<Vec<pb::ShardSummary>, Status> {
+        let namespace = self.gateway.namespace(namespace, deadline).await?;
+        let led: Vec<&Shard> =
+            self.gateway.shards().iter().filter(|shard| shard.is_leader()).collect();
+        try_join_all(led.into_iter().map(|shard| async {
+            // As of now: a leader that was replaced would answer for the past.
+            let fresh = Consistency::Linearizable;
+            self.gateway.prepare_read(shard, namespace.id, &fresh, deadline).await?;
+            let Summary { frontier, root } = shard.store().summary(namespace.id);
+            Ok(pb::ShardSummary {
+                shard: u32::from(shard.id().0),
+                node_id: self.gateway.topology().node.0,
+                frontier: frontier.to_bytes(),
+                root,
+            })
+        }))
+        .await
     }
 
     /// The tombstones of all nodes of the region, and the nodes that did not answer.
@@ -271,6 +297,33 @@ impl RegionService for RegionApi {
         let namespace = request.into_inner().namespace;
         tombstones.retain(|row| namespace.is_empty() || row.namespace == namespace);
         Ok(Response::new(pb::ListTombstonesResponse { tombstones, unreachable }))
+    }
+
+    async fn summarize_namespace(
+        &self,
+        request: Request<pb::SummarizeNamespaceRequest>,
+    ) -> Result<Response<pb::SummarizeNamespaceResponse>, Status> {
+        let call = self.gateway.call(request.metadata());
+        let only_here = is_set(request.metadata(), THIS_NODE_ONLY);
+        let namespace = request.into_inner().namespace;
+        let mut shards = self.own_summaries(&namespace, call.deadline).await?;
+        let mut unreachable = Vec::new();
+        if !only_here {
+            let message = pb::SummarizeNamespaceRequest { namespace };
+            let (answers, silent) = self
+                .ask_others(|channel| {
+                    let request = this_node_only(message.clone());
+                    async move {
+                        let mut client = RegionServiceClient::new(channel);
+                        Ok(client.summarize_namespace(request).await?.into_inner().shards)
+                    }
+                })
+                .await;
+            shards.extend(answers.into_iter().flatten());
+            unreachable = silent;
+        }
+        shards.sort_by_key(|row| row.shard);
+        Ok(Response::new(pb::SummarizeNamespaceResponse { shards, unreachable }))
     }
 
     async fn pause_link(

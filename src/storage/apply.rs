@@ -13,14 +13,15 @@ use bytes::Bytes;
 use rocksdb::{WriteBatch, WriteOptions};
 use tombolo_core::{
     Actor, Change, NamespaceId, Outcome, Record, RequestId, ShardState, VersionVector,
-    command::Remembered, decode_batch, execute, ledger::LedgerEntry,
+    command::Remembered, decode_batch, execute, ledger::LedgerEntry, merkle,
 };
 
 use crate::{
     Position, ShardStore, StorageError,
     changes::{HEADER_BYTES, encode_header},
-    layout::{Keys, Meta, ledger_id},
+    layout::{Keys, Meta, TreeKey, ledger_id},
     shard::{Applying, Shard, encode_membership, encode_vector},
+    tree::{Gathered, LeafChanges, encode_block, encode_changes},
 };
 
 /// A committed log entry.
@@ -94,18 +95,27 @@ impl ShardStore {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stored {
     Nowhere,
-    /// Among the records.
-    Live,
+    /// Among the records, with this digest.
+    Live(u64),
     /// Among the tombstones.
     Dead,
 }
 
 impl Stored {
-    fn of(record: Option<&Record>) -> Self {
+    fn of(key: &[u8], record: Option<&Record>) -> Self {
         match record {
             None => Self::Nowhere,
-            Some(record) if record.is_dead() => Self::Dead,
-            Some(_) => Self::Live,
+            Some(record) => match merkle::digest(key, record) {
+                0 => Self::Dead,
+                digest => Self::Live(digest),
+            },
+        }
+    }
+
+    const fn digest(self) -> u64 {
+        match self {
+            Self::Live(digest) => digest,
+            Self::Nowhere | Self::Dead => 0,
         }
     }
 }
@@ -116,6 +126,15 @@ struct Touched {
     was: Stored,
     /// What it is now; `None` if it was removed.
     now: Option<Record>,
+}
+
+/// What writing the records of a run amounts to.
+#[derive(Default)]
+struct Written {
+    /// Tombstones that came and went.
+    tombstones: BTreeMap<NamespaceId, (u64, u64)>,
+    /// Leaves of the trees that changed.
+    leaves: BTreeMap<NamespaceId, LeafChanges>,
 }
 
 /// A run while it is executed.
@@ -244,7 +263,8 @@ impl<'a> Run<'a> {
         entries: u64,
         options: &WriteOptions,
     ) -> Result<(), StorageError> {
-        let tombstones = self.write_records();
+        let Written { tombstones, leaves } = self.write_records();
+        self.write_trees(&leaves, last.index);
         // In key order, each kind for itself: neighbours in the memtable are found fast.
         for (&request, stored) in &self.requests {
             match stored {
@@ -285,6 +305,15 @@ impl<'a> Run<'a> {
                     view.tombstones.insert(namespace, count);
                 }
             }
+            for (&namespace, changes) in &leaves {
+                let tree = view.trees.entry(namespace).or_default();
+                changes.iter().for_each(|&(leaf, change)| tree.toggle(leaf, change));
+                let gathered = self.applying.gathered.entry(namespace).or_default();
+                gathered.add(changes);
+                if gathered.is_much() {
+                    *gathered = Gathered::default();
+                }
+            }
             view.frontiers.extend(self.frontiers);
             view.trimmed.extend(self.trimmed);
         }
@@ -295,27 +324,38 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Puts each record where it belongs, and answers how many tombstones came and went.
-    fn write_records(&mut self) -> BTreeMap<NamespaceId, (u64, u64)> {
-        let mut tombstones: BTreeMap<NamespaceId, (u64, u64)> = BTreeMap::new();
+    /// Puts each record where it belongs.
+    fn write_records(&mut self) -> Written {
+        let mut written = Written::default();
         for (&namespace, records) in &self.records {
             let (mut added, mut removed) = (0, 0);
+            let mut leaves = LeafChanges::new();
             for (key, Touched { was, now }) in records {
-                let is = Stored::of(now.as_ref());
-                if let (Some(record), Stored::Live) = (now, is) {
-                    self.batch.put(self.keys.record(namespace, key), record.to_bytes());
+                let is = Stored::of(key, now.as_ref());
+                match (now, is) {
+                    (Some(record), Stored::Live(_)) => {
+                        self.batch.put(self.keys.record(namespace, key), record.to_bytes());
+                    }
+                    _ if matches!(was, Stored::Live(_)) => {
+                        self.batch.delete(self.keys.record(namespace, key));
+                    }
+                    _ => {}
                 }
-                if *was == Stored::Live && is != Stored::Live {
-                    self.batch.delete(self.keys.record(namespace, key));
+                let change = was.digest() ^ is.digest();
+                if change != 0 {
+                    leaves.push((merkle::leaf_of(key), change));
                 }
+            }
+            if !leaves.is_empty() {
+                written.leaves.insert(namespace, leaves);
             }
             // Another part of the key space: for itself, in order.
             for (key, Touched { was, now }) in records {
-                let is = Stored::of(now.as_ref());
-                if let (Some(record), Stored::Dead) = (now, is) {
+                let dead = now.as_ref().filter(|record| record.is_dead());
+                if let Some(record) = dead {
                     self.batch.put(self.keys.tombstone(namespace, key), record.to_bytes());
                 }
-                match (*was == Stored::Dead, is == Stored::Dead) {
+                match (*was == Stored::Dead, dead.is_some()) {
                     (true, false) => {
                         self.batch.delete(self.keys.tombstone(namespace, key));
                         removed += 1;
@@ -325,10 +365,35 @@ impl<'a> Run<'a> {
                 }
             }
             if added + removed > 0 {
-                tombstones.insert(namespace, (added, removed));
+                written.tombstones.insert(namespace, (added, removed));
             }
         }
-        tombstones
+        written
+    }
+
+    /// Writes the leaves that changed, or, when much has gathered, the blocks that they are in.
+    fn write_trees(&mut self, leaves: &BTreeMap<NamespaceId, LeafChanges>, index: u64) {
+        for (&namespace, changes) in leaves {
+            let mut gathered = self.applying.gathered.get(&namespace).cloned().unwrap_or_default();
+            gathered.add(changes);
+            if !gathered.is_much() {
+                let key = self.keys.tree(TreeKey::Changes(namespace, index));
+                self.batch.put(key, encode_changes(changes));
+                continue;
+            }
+            let mut tree =
+                self.shard.view.read().trees.get(&namespace).cloned().unwrap_or_default();
+            changes.iter().for_each(|&(leaf, change)| tree.toggle(leaf, change));
+            for &high in &gathered.blocks {
+                let key = self.keys.tree(TreeKey::Block(namespace, high));
+                match tree.block(high) {
+                    Some(block) => self.batch.put(key, encode_block(block)),
+                    None => self.batch.delete(key),
+                }
+            }
+            let from = self.keys.tree(TreeKey::Changes(namespace, 0)).to_vec();
+            self.batch.delete_range(&from[..], self.keys.tree(TreeKey::Changes(namespace, index)));
+        }
     }
 
     /// Where the store has a record that this run has not touched yet.
@@ -339,7 +404,7 @@ impl<'a> Run<'a> {
         {
             return Ok(*stored);
         }
-        Ok(Stored::of(self.record(namespace, key)?.as_ref()))
+        Ok(Stored::of(key, self.record(namespace, key)?.as_ref()))
     }
 
     fn touch(&mut self, namespace: NamespaceId, key: &Bytes, now: Option<Record>) {
@@ -431,7 +496,7 @@ impl ShardState for Run<'_> {
             return Ok(held.now.clone());
         }
         let record = self.shard.read_record(&mut self.read_keys.borrow_mut(), namespace, key)?;
-        let stored = Stored::of(record.as_ref());
+        let stored = Stored::of(key, record.as_ref());
         self.last_read.replace(Some((namespace, Bytes::copy_from_slice(key), stored)));
         Ok(record)
     }

@@ -10,7 +10,8 @@
 //! | 3 change | namespace u32, region u16, incarnation u32, first seq u64 | header, `core::Change` |
 //! | 4 ledger | namespace u32, id 16 bytes | `core::LedgerEntry` |
 //! | 5 dedup | client u64, number u64 | results of the request |
-//! | 6, 7 | kept for hash and tree | |
+//! | 6 | kept for hash | |
+//! | 7 tree | namespace u32, then 0 and a leaf's high byte, or 1 and a log index u64 | see `tree.rs` |
 //! | 8 tombstone | namespace u32, the user's key | `core::Record` without a value |
 //!
 //! Keys of the whole store start with `0xffff`, which is no shard. `docs/format.md` describes
@@ -42,6 +43,7 @@ pub(crate) enum Kind {
     Change = 3,
     Ledger = 4,
     Dedup = 5,
+    Tree = 7,
     /// Records without a value, apart from those that scans read.
     Tombstone = 8,
 }
@@ -133,6 +135,22 @@ impl Keys {
         }
     }
 
+    pub(crate) fn tree(&mut self, key: TreeKey) -> &[u8] {
+        self.start(Kind::Tree);
+        match key {
+            TreeKey::Block(namespace, high) => {
+                self.buffer.extend_from_slice(&namespace.0.to_be_bytes());
+                self.buffer.extend_from_slice(&[0, high]);
+            }
+            TreeKey::Changes(namespace, index) => {
+                self.buffer.extend_from_slice(&namespace.0.to_be_bytes());
+                self.buffer.push(1);
+                self.buffer.extend_from_slice(&index.to_be_bytes());
+            }
+        }
+        &self.buffer
+    }
+
     /// The key after the last record of a namespace.
     pub(crate) fn records_end(&mut self, namespace: NamespaceId) -> &[u8] {
         match namespace.0.checked_add(1) {
@@ -194,7 +212,28 @@ impl Keys {
     }
 }
 
-/// The namespace of a record's or tombstone's key.
+/// A part of a namespace's Merkle tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TreeKey {
+    /// The leaves with this high byte.
+    Block(NamespaceId, u8),
+    /// The leaves that the run up to this log index changed.
+    Changes(NamespaceId, u64),
+}
+
+/// Reads a tree key.
+pub(crate) fn tree_key(key: &[u8]) -> Option<TreeKey> {
+    let namespace = key_namespace(key)?;
+    match key.get(RECORD_PREFIX_BYTES..)? {
+        [0, high] => Some(TreeKey::Block(namespace, *high)),
+        [1, index @ ..] => {
+            Some(TreeKey::Changes(namespace, u64::from_be_bytes(index.try_into().ok()?)))
+        }
+        _ => None,
+    }
+}
+
+/// The namespace of a record's, tombstone's or tree's key.
 pub(crate) fn key_namespace(key: &[u8]) -> Option<NamespaceId> {
     let bytes = key.get(PREFIX_BYTES..RECORD_PREFIX_BYTES)?;
     Some(NamespaceId(u32::from_be_bytes(bytes.try_into().ok()?)))

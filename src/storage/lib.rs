@@ -36,6 +36,7 @@ mod snapshot_install;
 mod snapshot_progress;
 #[cfg(test)]
 mod testing;
+mod tree;
 
 pub use apply::{ApplyEntry, ApplyPayload};
 pub use changes::StoredChange;
@@ -47,3 +48,4 @@ pub use shard::{Position, ShardStore};
 pub use snapshot_block::{SnapshotBlock, SnapshotTotals};
 pub use snapshot_export::SnapshotExport;
 pub use snapshot_install::{ReceivedSnapshot, SnapshotInstall};
+pub use tree::{Scrubbed, Summary};

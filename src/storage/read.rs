@@ -63,7 +63,7 @@ impl Shard {
         dead.map(|value| self.decode_record(&value)).transpose()
     }
 
-    fn decode_record(&self, value: &[u8]) -> Result<Record, StorageError> {
+    pub(crate) fn decode_record(&self, value: &[u8]) -> Result<Record, StorageError> {
         let record = Record::from_bytes(Bytes::copy_from_slice(value));
         record.map_err(|error| StorageError::value(self.id, "record", &error))
     }

@@ -12,12 +12,14 @@ use tokio::sync::watch;
 use tombolo_core::{
     Actor, DecodeError, NamespaceId, RequestId, ShardId, VersionVector,
     codec::{Reader, Writer},
+    merkle::Tree,
 };
 
 use crate::{
     StorageError,
     engine::Engine,
     layout::{self, Keys, Kind, Meta, PREFIX_BYTES},
+    tree::Gathered,
 };
 
 /// Where a Raft log entry stands. Ordered by index first.
@@ -144,6 +146,8 @@ pub(crate) struct View {
     pub(crate) trimmed: BTreeMap<NamespaceId, VersionVector>,
     /// How many tombstones each namespace has, where it is not 0.
     pub(crate) tombstones: BTreeMap<NamespaceId, u64>,
+    /// The Merkle tree over each namespace's records.
+    pub(crate) trees: BTreeMap<NamespaceId, Tree>,
 }
 
 /// What only the apply path knows. Looked up by key, never iterated.
@@ -156,6 +160,8 @@ pub(crate) struct Applying {
     pub(crate) marks_max: usize,
     /// Per change log, the bytes ever written to it.
     pub(crate) log_ends: HashMap<(NamespaceId, Actor), u64>,
+    /// What of each tree is on disk as changes only.
+    pub(crate) gathered: HashMap<NamespaceId, Gathered>,
 }
 
 const MARKS_MIN: usize = 1 << 16;
@@ -207,6 +213,8 @@ impl Shard {
         }
         self.check(&pairs)?;
         view.tombstones = self.count_tombstones()?;
+        let trees = self.load_trees()?;
+        view.trees = trees.into_iter().map(|(namespace, (tree, _))| (namespace, tree)).collect();
         Ok(view)
     }
 
@@ -246,7 +254,9 @@ impl Shard {
         }
         self.check(&pairs)?;
         let marks_max = (marks.len() * 2).max(MARKS_MIN);
-        Ok(Applying { marks, marks_max, log_ends: HashMap::new() })
+        let trees = self.load_trees()?;
+        let gathered = trees.into_iter().map(|(namespace, (_, it))| (namespace, it)).collect();
+        Ok(Applying { marks, marks_max, log_ends: HashMap::new(), gathered })
     }
 
     pub(crate) fn request(&self, key: &[u8]) -> Result<RequestId, StorageError> {

@@ -17,6 +17,7 @@ use tombolo_core::{
     command::{Check, Collect, Condition, Ingest, Operation, Remembered, Trim, Write},
     encode_batch, execute,
     ledger::LedgerEntry,
+    merkle::{self, Tree},
     testing::MemoryState,
 };
 
@@ -186,6 +187,7 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
                 let request = layout::dedup_request(key).unwrap();
                 state.requests.insert(request, Remembered::from_bytes(value).unwrap());
             }
+            kind if kind == Kind::Tree as u8 => {}
             kind => panic!("unknown kind {kind}"),
         }
         pairs.next();
@@ -196,6 +198,16 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
         *dead.entry(*namespace).or_default() += 1;
     }
     assert_eq!(shard.tombstone_counts(), dead);
+    for namespace in [LWW, SIBLINGS] {
+        let mut tree = Tree::default();
+        for ((_, key), record) in state.records.iter().filter(|((held, _), _)| *held == namespace) {
+            tree.toggle(merkle::leaf_of(key), merkle::digest(key, record));
+        }
+        let kept = inner.view.read().trees.get(&namespace).cloned().unwrap_or_default();
+        assert_eq!(kept, tree, "the tree is not that of the records");
+        let on_disk = inner.load_trees().unwrap().remove(&namespace).unwrap_or_default();
+        assert_eq!(on_disk.0, tree, "the tree on disk is not that of the records");
+    }
     state
 }
 

@@ -156,6 +156,17 @@ async fn a_region_in_the_middle_relays_what_the_others_cannot_exchange() {
         seen[0].len() == 80 && seen[0] == seen[1] && seen[1] == seen[2]
     })
     .await;
+    wait_until("the trees tell the same as the data", async || {
+        let mut summaries = Vec::new();
+        for (_, client) in &clients {
+            let shards = client.admin().summarize_namespace("default").await.unwrap().shards;
+            let rows = shards.into_iter().map(|row| (row.frontier, row.root));
+            summaries.push(rows.collect::<Vec<_>>());
+        }
+        assert!(summaries[0].iter().all(|(_, root)| *root != 0));
+        summaries[0].len() == 2 && summaries[0] == summaries[1] && summaries[1] == summaries[2]
+    })
+    .await;
 
     // Written while the relay is settled: each change crosses each link once. The regions at the
     // ends get their own 40 + 40 from the middle, which gets 40 from each.
@@ -226,6 +237,8 @@ async fn tombstones_go_when_every_region_has_them_and_say_whom_they_wait_for_unt
     .await;
     for client in [&us, &eu] {
         assert!(client.namespace("default").scan().collect().await.unwrap().is_empty());
+        let shards = client.admin().summarize_namespace("default").await.unwrap().shards;
+        assert_eq!(shards.iter().map(|row| row.root).collect::<Vec<_>>(), [0, 0]);
     }
     // A key that was collected can be written again, everywhere.
     eu.namespace("default").put("k1", "again").await.unwrap();

@@ -429,6 +429,14 @@ async fn control_lists_are_tables_and_json() {
     eu    default    2      1     blocked    3       4m 12s  5        connection refused
     ");
     assert_snapshot!(line("ctl link list").at(&region).await.text().lines().next().expect("a line"), @r#"{"peerRegion":"eu","namespace":"default","shard":0,"nodeId":"1","phase":"LINK_PHASE_STREAMING","lagEvents":"3","lagSeconds":0.035,"unacknowledgedEvents":"5","lastError":"","receivedEvents":"100","receivedBytes":"4096"}"#);
+    let here = region.addresses[0].clone();
+    let verify = line("ctl verify").word(&here).word(&here).on_tty().at(&region).await;
+    assert_eq!(verify.exit, Exit::Ok, "{}", verify.err);
+    assert_snapshot!(verify.text(), @"
+    SHARD  VERDICT  ONE               OTHER
+    0      equal    0000000000000abc  0000000000000abc
+    1      equal    0000000000000abd  0000000000000abd
+    ");
     assert_snapshot!(line("ctl tombstones").on_tty().at(&region).await.text(), @"
     NAMESPACE  SHARD  NODE  TOMBSTONES  WAITS FOR
     default    0      1     7           ap,eu

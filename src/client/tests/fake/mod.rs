@@ -641,6 +641,20 @@ impl RegionService for Node {
         Ok(Response::new(v1::ListLinksResponse { links, unreachable: vec![] }))
     }
 
+    async fn summarize_namespace(
+        &self,
+        _: Request<v1::SummarizeNamespaceRequest>,
+    ) -> Result<Response<v1::SummarizeNamespaceResponse>, Status> {
+        let row = |shard| v1::ShardSummary {
+            shard,
+            node_id: 1,
+            frontier: "f".into(),
+            root: 0xabc + u64::from(shard),
+        };
+        let shards = vec![row(0), row(1)];
+        Ok(Response::new(v1::SummarizeNamespaceResponse { shards, unreachable: vec![] }))
+    }
+
     async fn list_tombstones(
         &self,
         _: Request<v1::ListTombstonesRequest>,
