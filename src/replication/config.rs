@@ -43,5 +43,7 @@ pub(crate) const FRONTIER_INTERVAL: Duration = Duration::from_secs(1);
 pub(crate) const QUORUM_AGE_MAX: Duration = Duration::from_secs(3);
 /// How long one ingest may take before its outcome counts as unknown.
 pub(crate) const INGEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a request may wait for a peer that does not read.
+pub(crate) const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// Messages waiting between a task and its stream, each way.
 pub(crate) const STREAM_MESSAGES_MAX: usize = 16;

@@ -60,7 +60,9 @@ impl Links {
                 leadership.borrow_and_update();
                 let stop = shutdown.child_token();
                 let pullers = TaskTracker::new();
-                if shard.is_leader() {
+                // Looked at once: what is gained a moment later shows as a change below.
+                let was_leader = shard.is_leader();
+                if was_leader {
                     let topology = Arc::new(shard.topology().clone());
                     let peers = topology.peers().map(|peer| peer.id);
                     let paths = Arc::new(Paths::new(peers, config.relay_after));
@@ -78,7 +80,6 @@ impl Links {
                     }
                 }
                 pullers.close();
-                let was_leader = shard.is_leader();
                 while shard.is_leader() == was_leader {
                     // Safe to drop: it only looks.
                     tokio::select! {

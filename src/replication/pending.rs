@@ -2,56 +2,70 @@
 //!
 //! Pure. The peer sends changes in causal order as far as its own origins go; a change may still
 //! depend on a third region's change that comes over another link. It waits here, and everything
-//! of its stream behind it.
+//! of its actor behind it.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 
-use tombolo_core::{Change, VersionVector};
+use tombolo_core::{Actor, Change, VersionVector};
 
-/// The received changes of one namespace, in stream order.
+/// The received changes of one namespace, each actor's in its own order.
+///
+/// By actor, because a stream that begins again with other origins still brings what was under
+/// way: a change may arrive before one that it depends on, or twice.
 #[derive(Debug, Default)]
 pub(crate) struct Pending {
-    changes: VecDeque<(Change, usize)>,
+    changes: BTreeMap<Actor, BTreeMap<u64, (Change, usize)>>,
 }
 
 impl Pending {
     /// A change arrived that took `bytes` on the wire.
     pub(crate) fn push(&mut self, change: Change, bytes: usize) {
-        self.changes.push_back((change, bytes));
+        let actor = self.changes.entry(change.actor).or_default();
+        actor.insert(change.first_seq, (change, bytes));
     }
 
-    /// Takes the longest beginning that can be applied on top of `frontier`, up to `bytes_max`
-    /// but at least one change. Empty if the first change must wait.
+    /// Takes what can be applied on top of `frontier`, in causal order, up to `bytes_max` but at
+    /// least one change. Empty if all of it must wait.
     pub(crate) fn take_ready(&mut self, frontier: &VersionVector, bytes_max: usize) -> Vec<Change> {
         let mut reached = frontier.clone();
         let mut ready = Vec::new();
         let mut bytes = 0;
-        while let Some((change, size)) = self.changes.front() {
-            let repeated = reached.covers(change.last());
-            if !repeated && !reached.covers_all(&change.depends_on) {
-                break;
-            }
-            if !ready.is_empty() && bytes + size > bytes_max {
-                break;
-            }
-            bytes += size;
-            reached.add(change.last());
-            if let Some((change, _)) = self.changes.pop_front()
-                && !repeated
-            {
-                ready.push(change);
+        let mut progress = true;
+        while progress {
+            progress = false;
+            for changes in self.changes.values_mut() {
+                while let Some(first) = changes.first_entry() {
+                    let (change, size) = first.get();
+                    if reached.covers(change.last()) {
+                        first.remove();
+                        continue;
+                    }
+                    let is_next = change.first_seq == reached.get(change.actor) + 1;
+                    if !is_next || !reached.covers_all(&change.depends_on) {
+                        break;
+                    }
+                    if !ready.is_empty() && bytes + size > bytes_max {
+                        return ready;
+                    }
+                    bytes += size;
+                    reached.add(change.last());
+                    ready.push(first.remove().0);
+                    progress = true;
+                }
             }
         }
+        self.changes.retain(|_, changes| !changes.is_empty());
         ready
     }
 
-    /// What the first change waits for.
+    /// What a change that must wait waits for.
     pub(crate) fn waits_for(&self) -> Option<&VersionVector> {
-        self.changes.front().map(|(change, _)| &change.depends_on)
+        let mut first = self.changes.values().filter_map(BTreeMap::first_key_value);
+        first.next().map(|(_, (change, _))| &change.depends_on)
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.changes.is_empty()
+        self.changes.values().all(BTreeMap::is_empty)
     }
 }
 
@@ -93,6 +107,20 @@ mod tests {
 
         let caught_up: VersionVector = [(actor(1), 1), (actor(3), 4)].into_iter().collect();
         assert_eq!(seqs(&pending.take_ready(&caught_up, 100)), [2, 3]);
+        assert!(pending.is_empty());
+    }
+
+    #[test]
+    fn what_was_under_way_when_a_stream_began_again_holds_back_nothing() {
+        let mut pending = Pending::default();
+        // Sent before the relay was asked for: it needs what the relay brings.
+        pending.push(change(1, 2, &[(1, 1)]), 10);
+        pending.push(change(3, 1, &[]), 10);
+        pending.push(change(1, 1, &[(3, 1)]), 10);
+        pending.push(change(1, 2, &[(1, 1)]), 10);
+        let ready = pending.take_ready(&VersionVector::new(), 100);
+        let order: Vec<_> = ready.iter().map(|it| (it.actor.region.0, it.first_seq)).collect();
+        assert_eq!(order, [(3, 1), (1, 1), (1, 2)]);
         assert!(pending.is_empty());
     }
 

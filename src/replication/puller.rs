@@ -30,7 +30,8 @@ use crate::{
     backoff::Backoff,
     channels::LinkChannels,
     config::{
-        CONNECT_TIMEOUT, FRONTIER_INTERVAL, INGEST_TIMEOUT, ReplicationConfig, STREAM_MESSAGES_MAX,
+        CONNECT_TIMEOUT, FRONTIER_INTERVAL, INGEST_TIMEOUT, ReplicationConfig, STALL_TIMEOUT,
+        STREAM_MESSAGES_MAX,
     },
     pending::Pending,
     relay::Paths,
@@ -327,14 +328,15 @@ impl Stream<'_> {
         let id = namespace.id;
         let frontier = self.puller.shard.frontier(id);
         send(&self.requests, wire::subscribe(id, &frontier, &self.relayed)).await?;
-        let lane = Lane {
+        let lane = self.lanes.entry(id).or_insert_with(|| Lane {
             namespace,
             pending: Pending::default(),
             peer_frontier: VersionVector::new(),
-            acknowledged: frontier,
+            acknowledged: VersionVector::new(),
             trimmed: None,
-        };
-        self.lanes.insert(id, lane);
+        });
+        lane.acknowledged = frontier;
+        lane.trimmed = None;
         self.puller.statuses.update(self.puller.key(id), |status| {
             status.phase = LinkPhase::Streaming;
             status.last_error = None;
@@ -562,7 +564,10 @@ async fn send(
     requests: &mpsc::Sender<pb::PullRequest>,
     request: pb::PullRequest,
 ) -> Result<(), PullError> {
-    requests.send(request).await.map_err(|_| broken("the peer ended the stream"))
+    match tokio::time::timeout(STALL_TIMEOUT, requests.send(request)).await {
+        Ok(sent) => sent.map_err(|_| broken("the peer ended the stream")),
+        Err(_) => Err(broken("the peer reads no requests")),
+    }
 }
 
 fn broken(reason: &str) -> PullError {

@@ -6,8 +6,8 @@
 //!
 //! Invariants:
 //! * Without a cut nobody relays: a change crosses each link once.
-//! * One peer relays an origin at a time: the one that has most of it. Of equals the present one
-//!   stays, so that relays do not flap while nothing is written.
+//! * One peer relays an origin at a time: the one that has most of it. It stays until it is down, or
+//!   another has been ahead of it for a while, so that relays do not flap.
 //!
 //! Pure but for the lock: the pullers of one shard share it and say what they see.
 
@@ -31,7 +31,14 @@ pub(crate) struct Paths {
 struct State {
     paths: BTreeMap<RegionId, Path>,
     /// Who relays an origin now.
-    relays: BTreeMap<RegionId, RegionId>,
+    relays: BTreeMap<RegionId, Relay>,
+}
+
+#[derive(Debug)]
+struct Relay {
+    peer: RegionId,
+    /// Since when another has had more of the origin.
+    behind_since: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -82,21 +89,30 @@ impl Paths {
                 relays.remove(&origin);
                 continue;
             }
-            let best = paths
-                .iter()
-                .filter(|(_, other)| other.down_since.is_none())
-                .map(|(&other, path)| {
-                    (path.has_of(origin), relays.get(&origin) == Some(&other), other)
-                })
-                .max_by_key(|&(events, is_present, other)| {
-                    (events, is_present, std::cmp::Reverse(other))
-                });
-            match best {
-                Some((_, _, relay)) => relays.insert(origin, relay),
-                None => relays.remove(&origin),
+            let up = || paths.iter().filter(|(_, other)| other.down_since.is_none());
+            let best = up()
+                .map(|(&other, path)| (path.has_of(origin), std::cmp::Reverse(other)))
+                .max()
+                .map(|(events, std::cmp::Reverse(other))| (events, other));
+            let Some((events, best)) = best else {
+                relays.remove(&origin);
+                continue;
             };
+            let present = relays.entry(origin).or_insert(Relay { peer: best, behind_since: None });
+            let is_up = up().any(|(&other, _)| other == present.peer);
+            let has = paths.get(&present.peer).map_or(0, |path| path.has_of(origin));
+            // Regions tell at different moments, so a moment's lead says nothing.
+            let since = if has < events {
+                *present.behind_since.get_or_insert_with(Instant::now)
+            } else {
+                present.behind_since = None;
+                Instant::now()
+            };
+            if !is_up || since.elapsed() >= self.relay_after {
+                *present = Relay { peer: best, behind_since: None };
+            }
         }
-        relays.iter().filter(|(_, relay)| **relay == peer).map(|(&origin, _)| origin).collect()
+        relays.iter().filter(|(_, relay)| relay.peer == peer).map(|(&origin, _)| origin).collect()
     }
 }
 
@@ -159,7 +175,14 @@ mod tests {
         has(&paths, B, 7);
         assert_eq!(relay_of_a(&paths), [D], "an equal does not take over");
         has(&paths, B, 8);
-        assert_eq!(relay_of_a(&paths), [B]);
+        assert_eq!(relay_of_a(&paths), [D], "nor does one that told a moment earlier");
+        tokio::time::advance(AFTER / 2).await;
+        has(&paths, D, 8);
+        assert_eq!(relay_of_a(&paths), [D]);
+        has(&paths, B, 9);
+        assert_eq!(relay_of_a(&paths), [D]);
+        tokio::time::advance(AFTER).await;
+        assert_eq!(relay_of_a(&paths), [B], "D has not moved for long");
         paths.down(B);
         assert_eq!(relay_of_a(&paths), [D]);
         paths.down(D);

@@ -5,12 +5,12 @@
 //! can come any more that has not seen the deletion. The leader looks at them now and then and
 //! proposes what may go; replicas forget exactly that, in log order.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tombolo_core::{HybridTime, RegionId};
+use tombolo_core::{HybridTime, NamespaceId, RegionId, ShardId};
 use tombolo_storage::StorageError;
 
 use crate::{error::ShardError, shard::Shard, shards::Shards};
@@ -32,8 +32,8 @@ impl Default for CollectConfig {
 
 /// Requests forgotten by one command.
 const REQUESTS_PER_COMMAND: usize = 4096;
-/// Tombstones looked at for one command.
-const TOMBSTONES_PER_COMMAND: usize = 1024;
+/// Tombstones looked at for one command: with the longest keys, a quarter of the least log entry.
+const TOMBSTONES_PER_COMMAND: usize = 256;
 /// Commands of one look at one shard, so that no shard starves the others.
 const COMMANDS_PER_LOOK: usize = 32;
 /// How long one proposal may take.
@@ -45,12 +45,14 @@ pub struct Collector {
     config: CollectConfig,
     /// Requests executed before this may be forgotten, and when that was found.
     horizon: Option<(HybridTime, Instant)>,
+    /// Where the next look at a namespace's tombstones begins.
+    tombstones_from: BTreeMap<(ShardId, NamespaceId), Bytes>,
 }
 
 impl Collector {
     /// A collector for `shards`.
     pub fn new(shards: Shards, config: CollectConfig) -> Self {
-        Self { shards, config, horizon: None }
+        Self { shards, config, horizon: None, tombstones_from: BTreeMap::new() }
     }
 
     /// Collects until `shutdown` fires.
@@ -65,7 +67,8 @@ impl Collector {
                 _ = ticks.tick() => {}
             }
             let horizon = self.move_horizon();
-            for shard in self.shards.iter().filter(|shard| shard.is_leader()) {
+            let shards = self.shards.clone();
+            for shard in shards.iter().filter(|shard| shard.is_leader()) {
                 if let Err(error) = self.collect(shard, horizon).await {
                     // A lost leader or a slow majority: the next look tries again.
                     tracing::debug!(shard = %shard.id(), %error, "collection postponed");
@@ -94,23 +97,29 @@ impl Collector {
         horizon
     }
 
-    async fn collect(&self, shard: &Shard, horizon: HybridTime) -> Result<(), ShardError> {
-        self.trim_change_log(shard).await?;
-        self.collect_tombstones(shard).await?;
-        self.forget_requests(shard, horizon).await
+    /// Tries all three, whatever becomes of the others, and answers the first error.
+    async fn collect(&mut self, shard: &Shard, horizon: HybridTime) -> Result<(), ShardError> {
+        let trimmed = self.trim_change_log(shard).await;
+        let collected = self.collect_tombstones(shard).await;
+        let forgotten = self.forget_requests(shard, horizon).await;
+        trimmed.and(collected).and(forgotten)
     }
 
-    async fn collect_tombstones(&self, shard: &Shard) -> Result<(), ShardError> {
+    /// Goes on where the last look ended, so that many that must stay do not hide those behind.
+    async fn collect_tombstones(&mut self, shard: &Shard) -> Result<(), ShardError> {
         for namespace in shard.store().tombstone_counts().into_keys() {
             let stable = shard.stable_for_tombstones(namespace);
-            let mut start = Bytes::new();
+            let start = self.tombstones_from.entry((shard.id(), namespace)).or_default();
             for _ in 0..COMMANDS_PER_LOOK {
                 let (store, from) = (shard.store().clone(), start.clone());
                 let search = move || store.tombstones(namespace, &from, TOMBSTONES_PER_COMMAND);
                 let found = blocking(search).await?;
-                let Some((last, _)) = found.last() else { break };
+                let Some((last, _)) = found.last() else {
+                    *start = Bytes::new();
+                    break;
+                };
                 // The key after the last one seen.
-                start = [&last[..], &[0]].concat().into();
+                *start = [&last[..], &[0]].concat().into();
                 let keys: Vec<Bytes> = found
                     .into_iter()
                     .filter(|(_, record)| stable.covers_all(record.context()))

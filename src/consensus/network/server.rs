@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::{FutureExt, Stream, StreamExt, stream};
 use openraft::errors::{Fatal, RaftError};
@@ -82,6 +83,9 @@ impl Server {
         }))
     }
 }
+
+/// A group whose core hangs must not gather heartbeats for ever.
+const HEARTBEAT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Hands a heartbeat to its group.
 async fn heartbeat(
@@ -165,7 +169,9 @@ impl RaftService for Server {
             let faults = faults.clone();
             let answer = async move {
                 faults.check(from)?;
-                let answer = heartbeat(member, request).await?;
+                let answer = tokio::time::timeout(HEARTBEAT_PATIENCE, heartbeat(member, request));
+                let answer =
+                    answer.await.map_err(|_| Status::unavailable("no answer in time"))??;
                 faults.check(from)?;
                 Ok(answer)
             };
