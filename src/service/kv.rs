@@ -18,7 +18,7 @@ use tombolo_proto::v1::{
     kv_service_server::{KvService, KvServiceServer},
 };
 use tombolo_shard::{Consistency, Shard, WriteOutcome, WriteReply, WriteRequest};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, transport::Channel};
 
 use crate::{
     convert::{decode_expiration, decode_request_id, encode_dot, encode_revision, timestamp},
@@ -30,6 +30,11 @@ use crate::{
 
 /// Largest answer of another node: a failed commit shows up to 128 values.
 const FORWARDED_BYTES_MAX: usize = 192 << 20;
+
+/// The client of another node that leads a shard.
+fn forward_to(channel: Channel) -> KvServiceClient<Channel> {
+    KvServiceClient::new(channel).max_decoding_message_size(FORWARDED_BYTES_MAX)
+}
 
 /// Serves keys.
 #[derive(Clone)]
@@ -472,8 +477,7 @@ impl KvService for KvApi {
                 |channel, metadata| {
                     let message = message.clone();
                     async move {
-                        let mut client = KvServiceClient::new(channel)
-                            .max_decoding_message_size(FORWARDED_BYTES_MAX);
+                        let mut client = forward_to(channel);
                         Ok(client.put(with_metadata(message, metadata)).await?.into_inner())
                     }
                 },
@@ -509,8 +513,7 @@ impl KvService for KvApi {
                 |channel, metadata| {
                     let message = message.clone();
                     async move {
-                        let mut client = KvServiceClient::new(channel)
-                            .max_decoding_message_size(FORWARDED_BYTES_MAX);
+                        let mut client = forward_to(channel);
                         Ok(client.delete(with_metadata(message, metadata)).await?.into_inner())
                     }
                 },
@@ -543,8 +546,7 @@ impl KvService for KvApi {
                 |channel, metadata| {
                     let message = message.clone();
                     async move {
-                        let mut client = KvServiceClient::new(channel)
-                            .max_decoding_message_size(FORWARDED_BYTES_MAX);
+                        let mut client = forward_to(channel);
                         Ok(client.commit(with_metadata(message, metadata)).await?.into_inner())
                     }
                 },

@@ -161,7 +161,7 @@ impl Collector {
 }
 
 /// Reads the store on a thread that may wait for the disk.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     read: impl FnOnce() -> Result<T, StorageError> + Send + 'static,
 ) -> Result<T, StorageError> {
     match tokio::task::spawn_blocking(read).await {

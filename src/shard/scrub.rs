@@ -13,7 +13,7 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{shard::Shard, shards::Shards};
+use crate::{collect::blocking, shard::Shard, shards::Shards};
 
 /// What scrubbing found since the process started.
 #[derive(Debug, Default)]
@@ -67,13 +67,8 @@ impl Scrubber {
     async fn scrub(&self, shard: &Shard) {
         for namespace in shard.store().frontiers().into_keys() {
             let store = shard.store().clone();
-            let read = tokio::task::spawn_blocking(move || store.scrub(namespace));
-            let found = match read.await {
-                Ok(found) => found,
-                Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-            };
             let shard = shard.id();
-            let problem = match found {
+            let problem = match blocking(move || store.scrub(namespace)).await {
                 Ok(found) => {
                     self.counts.records.fetch_add(found.records, Ordering::Relaxed);
                     if found.differing.is_empty() {

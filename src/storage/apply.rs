@@ -79,7 +79,7 @@ impl ShardStore {
     ) -> Result<Vec<Vec<Outcome>>, StorageError> {
         let shard = &*self.inner;
         if applying.marks_max < applying.marks.len() {
-            *applying = shard.load_applying()?;
+            (applying.marks, applying.marks_max) = shard.load_marks()?;
         }
         let applied = shard.view.read().applied;
         let done = Run::new(shard, applying, applied, run).and_then(|run| run.execute(options));
@@ -309,9 +309,10 @@ impl<'a> Run<'a> {
                 let tree = view.trees.entry(namespace).or_default();
                 changes.iter().for_each(|&(leaf, change)| tree.toggle(leaf, change));
                 let gathered = self.applying.gathered.entry(namespace).or_default();
-                gathered.add(changes);
-                if gathered.is_much() {
+                if gathered.is_much_with(changes) {
                     *gathered = Gathered::default();
+                } else {
+                    gathered.add(changes);
                 }
             }
             view.frontiers.extend(self.frontiers);
@@ -374,13 +375,14 @@ impl<'a> Run<'a> {
     /// Writes the leaves that changed, or, when much has gathered, the blocks that they are in.
     fn write_trees(&mut self, leaves: &BTreeMap<NamespaceId, LeafChanges>, index: u64) {
         for (&namespace, changes) in leaves {
-            let mut gathered = self.applying.gathered.get(&namespace).cloned().unwrap_or_default();
-            gathered.add(changes);
-            if !gathered.is_much() {
+            let gathered = self.applying.gathered.entry(namespace).or_default();
+            if !gathered.is_much_with(changes) {
                 let key = self.keys.tree(TreeKey::Changes(namespace, index));
                 self.batch.put(key, encode_changes(changes));
                 continue;
             }
+            let mut gathered = gathered.clone();
+            gathered.add(changes);
             let mut tree =
                 self.shard.view.read().trees.get(&namespace).cloned().unwrap_or_default();
             changes.iter().for_each(|&(leaf, change)| tree.toggle(leaf, change));

@@ -177,15 +177,26 @@ impl Shard {
             frontiers_moved: watch::Sender::new(0),
             collect_from: Mutex::new(RequestId { client: 0, number: 0 }),
         };
-        let view = shard.load_view()?;
+        let (view, applying) = shard.load_state()?;
         shard.applied.send_replace(view.applied.map_or(0, |applied| applied.index));
         *shard.view.get_mut() = view;
-        let applying = shard.load_applying()?;
         *shard.applying.get_mut() = applying;
         Ok(shard)
     }
 
-    pub(crate) fn load_view(&self) -> Result<View, StorageError> {
+    /// All that is kept in memory, as the disk has it.
+    pub(crate) fn load_state(&self) -> Result<(View, Applying), StorageError> {
+        let mut view = self.load_view()?;
+        let (marks, marks_max) = self.load_marks()?;
+        let mut applying = Applying { marks, marks_max, ..Applying::default() };
+        for (namespace, (tree, gathered)) in self.load_trees()? {
+            view.trees.insert(namespace, tree);
+            applying.gathered.insert(namespace, gathered);
+        }
+        Ok((view, applying))
+    }
+
+    fn load_view(&self) -> Result<View, StorageError> {
         let mut view = View::default();
         let mut keys = Keys::new(self.id);
         let start = keys.kind_start(Kind::Meta).to_vec();
@@ -213,8 +224,6 @@ impl Shard {
         }
         self.check(&pairs)?;
         view.tombstones = self.count_tombstones()?;
-        let trees = self.load_trees()?;
-        view.trees = trees.into_iter().map(|(namespace, (tree, _))| (namespace, tree)).collect();
         Ok(view)
     }
 
@@ -236,7 +245,7 @@ impl Shard {
     }
 
     /// Reads the highest remembered number of each client: two seeks a client.
-    pub(crate) fn load_applying(&self) -> Result<Applying, StorageError> {
+    pub(crate) fn load_marks(&self) -> Result<(HashMap<u64, u64>, usize), StorageError> {
         let mut marks = HashMap::new();
         let mut keys = Keys::new(self.id);
         let start = keys.kind_start(Kind::Dedup).to_vec();
@@ -254,9 +263,7 @@ impl Shard {
         }
         self.check(&pairs)?;
         let marks_max = (marks.len() * 2).max(MARKS_MIN);
-        let trees = self.load_trees()?;
-        let gathered = trees.into_iter().map(|(namespace, (_, it))| (namespace, it)).collect();
-        Ok(Applying { marks, marks_max, log_ends: HashMap::new(), gathered })
+        Ok((marks, marks_max))
     }
 
     pub(crate) fn request(&self, key: &[u8]) -> Result<RequestId, StorageError> {

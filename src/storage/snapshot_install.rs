@@ -322,8 +322,8 @@ impl ShardStore {
         let ingested = shard.engine.db.ingest_external_file_opts(&options, files);
         ingested.map_err(|error| shard.engine_error(&error))?;
 
-        let view = shard.load_view()?;
-        *applying = shard.load_applying()?;
+        let (view, loaded) = shard.load_state()?;
+        *applying = loaded;
         let index = view.applied.map_or(0, |applied| applied.index);
         *shard.view.write() = view;
         shard.applied.send_replace(index);

@@ -41,9 +41,9 @@ impl Gathered {
         self.blocks.extend(changes.iter().map(|(leaf, _)| leaf.to_be_bytes()[0]));
     }
 
-    /// Whether it is time to write the blocks.
-    pub(crate) fn is_much(&self) -> bool {
-        GATHERED_MAX <= self.changes
+    /// Whether it is time to write the blocks when `changes` come as well.
+    pub(crate) fn is_much_with(&self, changes: &LeafChanges) -> bool {
+        GATHERED_MAX <= self.changes + changes.len()
     }
 }
 
