@@ -12,6 +12,7 @@ use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, 
 use tombolo_core::change::Change;
 use tombolo_core::command::{Operation, Write, decode_batch, encode_batch};
 use tombolo_core::record::{Delta, Sibling};
+use tombolo_core::repair::{Offer, Sides, Trust, merge};
 use tombolo_core::{
     Actor, Command, Content, Dot, HybridClock, HybridTime, NamespaceId, Record, RegionId,
     RequestId, Rule, ShardId, VersionVector,
@@ -78,9 +79,12 @@ fn records(criterion: &mut Criterion) {
     for (name, rule) in [("lww", Rule::Lww), ("siblings", Rule::Siblings)] {
         for regions in [2, 6] {
             let (left, right) = (concurrent(1..regions, rule), concurrent(2..regions + 1, rule));
-            let id = BenchmarkId::new(format!("join/{name}"), regions);
+            let id = BenchmarkId::new(format!("merge/{name}"), regions);
+            let nothing = VersionVector::new();
+            let offer = Offer::new(Bytes::from_static(b"k"), &right, &nothing);
+            let sides = Sides { applied: &nothing, cut: &nothing, trust: Trust::Coverage };
             group.bench_function(id, |bencher| {
-                bencher.iter(|| black_box(&left).join(black_box(&right), rule));
+                bencher.iter(|| merge(black_box(&left), black_box(&offer), sides, rule));
             });
         }
         let held = concurrent(1..3, rule);

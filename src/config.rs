@@ -182,6 +182,13 @@ pub struct Replication {
     /// A link without progress for this long is opened anew.
     #[serde(with = "humantime_serde")]
     pub watchdog: Duration,
+    /// Changes kept for regions that are behind, per namespace and shard.
+    pub change_log_bytes: u64,
+    /// About how often each shard is compared with each region.
+    #[serde(with = "humantime_serde")]
+    pub repair_interval: Duration,
+    /// What a repair takes from another region at most, per shard.
+    pub repair_bytes_per_second: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

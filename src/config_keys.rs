@@ -263,6 +263,24 @@ pub const KEYS: &[Key] = &[
         "\"30s\"",
         "A link without progress for this long is opened anew.",
     ),
+    key(
+        "replication.change_log_bytes",
+        bytes(KIB, 1024 * TIB),
+        "268435456",
+        "Changes kept for regions that are behind, per namespace and shard; behind that they repair.",
+    ),
+    key(
+        "replication.repair_interval",
+        millis(1000, 365 * 24 * HOUR_MS),
+        "\"10m\"",
+        "About how often each shard is compared with each region.",
+    ),
+    key(
+        "replication.repair_bytes_per_second",
+        bytes(KIB, TIB),
+        "33554432",
+        "What a repair takes from another region at most, per shard.",
+    ),
     key("limits.max_value_bytes", bytes(1, 64 * MIB), "1048576", "Largest value of a key."),
     key(
         "limits.max_message_bytes",

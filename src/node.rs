@@ -297,7 +297,16 @@ fn replication_config(config: &Config) -> ReplicationConfig {
         retry_min: config.replication.retry_min,
         retry_max: config.replication.retry_max,
         watchdog: config.replication.watchdog,
+        repair_interval: config.replication.repair_interval,
+        repair_bytes_per_second: config.replication.repair_bytes_per_second,
         ..ReplicationConfig::default()
+    }
+}
+
+fn collect_config(config: &Config) -> CollectConfig {
+    CollectConfig {
+        change_log_bytes: config.replication.change_log_bytes,
+        ..CollectConfig::default()
     }
 }
 
@@ -425,7 +434,7 @@ impl Node {
 
         tasks.spawn(links.run(stop_streams.clone()));
         tasks.spawn(
-            Collector::new(shards.clone(), CollectConfig::default()).run(stop_streams.clone()),
+            Collector::new(shards.clone(), collect_config(config)).run(stop_streams.clone()),
         );
         let stop = stop_streams.clone();
         tasks.spawn(async move { shards.follow_catalog(stop).await });

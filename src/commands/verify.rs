@@ -113,7 +113,8 @@ pub(crate) async fn verify(args: &Verify, io: &mut Io) -> Result<Exit, Failure> 
 }
 
 fn compare(mine: &v1::ShardSummary, theirs: &v1::ShardSummary) -> Row {
-    let verdict = match (mine.frontier == theirs.frontier, mine.root == theirs.root) {
+    let same_point = mine.frontier == theirs.frontier && !mine.repairing && !theirs.repairing;
+    let verdict = match (same_point, mine.root == theirs.root) {
         (false, _) => Verdict::Moving,
         (true, true) => Verdict::Equal,
         (true, false) => Verdict::Different,
@@ -156,5 +157,7 @@ mod tests {
         assert_eq!(verdict(summary(b"a", 1), summary(b"a", 2)), Verdict::Different);
         assert_eq!(verdict(summary(b"a", 1), summary(b"b", 2)), Verdict::Moving);
         assert_eq!(verdict(summary(b"a", 1), summary(b"b", 1)), Verdict::Moving);
+        let repairing = v1::ShardSummary { repairing: true, ..summary(b"a", 2) };
+        assert_eq!(verdict(summary(b"a", 1), repairing), Verdict::Moving);
     }
 }

@@ -12,7 +12,9 @@ use crate::{
     codec::{DecodeError, Reader, Writer},
     hlc::HybridTime,
     id::{Actor, Dot, NamespaceId, RequestId},
+    ledger::LedgerEntry,
     record::{Content, Record, Rule},
+    repair::{Offer, Trust},
     vector::{VersionVector, decode_actor, decode_dot, encode_actor, encode_dot},
 };
 
@@ -29,6 +31,10 @@ pub enum Command {
     Collect(Collect),
     /// Forget the outcomes of old requests.
     ForgetRequests(Vec<RequestId>),
+    /// Take over records that another region has.
+    Merge(Merge),
+    /// Move the frontier to what a finished repair brought.
+    Advance(Advance),
 }
 
 /// A client's write: checks and operations, all or nothing.
@@ -134,6 +140,40 @@ pub struct Collect {
     pub keys: Vec<Bytes>,
 }
 
+/// Takes over records of another region, as of a cut of it. See [`crate::repair`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Merge {
+    /// Where.
+    pub namespace: NamespaceId,
+    /// The namespace's rule.
+    pub rule: Rule,
+    /// What the other region had applied.
+    pub cut: VersionVector,
+    /// Up to where its records were ahead of that.
+    pub ahead: VersionVector,
+    /// What to conclude from what one side lacks.
+    pub trust: Trust,
+    /// The records.
+    pub offers: Vec<Offer>,
+    /// Values that the other region dropped.
+    pub ledger: Vec<LedgerEntry>,
+}
+
+/// Ends a repair: all that a cut has, and that was not here, is merged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Advance {
+    /// Where.
+    pub namespace: NamespaceId,
+    /// The region that was repaired.
+    pub local: Actor,
+    /// What was applied here when the trees were compared.
+    pub since: VersionVector,
+    /// What the other region had applied.
+    pub cut: VersionVector,
+    /// Up to where its records were ahead of that.
+    pub ahead: VersionVector,
+}
+
 /// What executing a command answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -155,6 +195,14 @@ pub enum Outcome {
     Ingested(Ingested),
     /// So many tombstones were dropped.
     Collected(usize),
+    /// A repair claims writes of this very region that this region does not know.
+    OwnChangeUnknown,
+    /// Records were merged.
+    Merged(Merged),
+    /// The frontier after a repair.
+    Advanced(VersionVector),
+    /// Nothing was done: what was compared has changed since. Compare again.
+    Moved,
     /// Done; nothing to tell.
     Done,
 }
@@ -194,6 +242,16 @@ pub struct Ingested {
     pub stopped: Option<Stopped>,
 }
 
+/// What a merge did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Merged {
+    /// Records that changed.
+    pub changed: u64,
+    /// A dot that stands for different writes here and there. The record that has it, and others
+    /// like it, were left alone.
+    pub reused: Option<Dot>,
+}
+
 /// Why an ingest did not take a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stopped {
@@ -204,6 +262,8 @@ pub enum Stopped {
     /// It claims to be a write of this very region that this region does not know: the region's
     /// counters went back, and going on would use dots twice.
     OwnChangeUnknown,
+    /// This region has applied another write under the same dot.
+    DotReused(Dot),
 }
 
 const BATCH_VERSION: u8 = 1;
@@ -212,6 +272,8 @@ const INGEST: u8 = 2;
 const TRIM: u8 = 3;
 const FORGET_REQUESTS: u8 = 4;
 const COLLECT: u8 = 5;
+const MERGE: u8 = 6;
+const ADVANCE: u8 = 7;
 
 /// Packs encoded commands into the payload of one log entry.
 pub fn encode_batch(commands: &[Bytes]) -> Bytes {
@@ -280,6 +342,18 @@ impl Command {
                     encode_request(request, &mut writer);
                 }
             }
+            Self::Merge(merge) => {
+                writer.u8(MERGE);
+                merge.encode(&mut writer);
+            }
+            Self::Advance(advance) => {
+                writer.u8(ADVANCE);
+                writer.varint(u64::from(advance.namespace.0));
+                encode_actor(advance.local, &mut writer);
+                advance.since.encode(&mut writer);
+                advance.cut.encode(&mut writer);
+                advance.ahead.encode(&mut writer);
+            }
         }
         writer.finish()
     }
@@ -319,6 +393,14 @@ impl Command {
                     (0..count).map(|_| decode_request(&mut reader)).collect::<Result<_, _>>()?;
                 Self::ForgetRequests(requests)
             }
+            MERGE => Self::Merge(Merge::decode(&mut reader)?),
+            ADVANCE => Self::Advance(Advance {
+                namespace: NamespaceId(reader.u32()?),
+                local: decode_actor(&mut reader)?,
+                since: VersionVector::decode(&mut reader)?,
+                cut: VersionVector::decode(&mut reader)?,
+                ahead: VersionVector::decode(&mut reader)?,
+            }),
             kind => return Err(DecodeError::Version { what: "command", version: kind }),
         };
         reader.finish()?;
@@ -334,7 +416,12 @@ impl Command {
                 };
                 write.operations.iter().map(bytes).sum()
             }
-            Self::Ingest(_) | Self::Trim(_) | Self::Collect(_) | Self::ForgetRequests(_) => 0,
+            Self::Ingest(_)
+            | Self::Trim(_)
+            | Self::Collect(_)
+            | Self::ForgetRequests(_)
+            | Self::Merge(_)
+            | Self::Advance(_) => 0,
         }
     }
 }
@@ -420,6 +507,40 @@ impl Write {
         let count = reader.count(3)?;
         let operations = (0..count).map(|_| decode_operation(reader)).collect::<Result<_, _>>()?;
         Ok(Self { namespace, rule, actor, time, request, checks, operations })
+    }
+}
+
+impl Merge {
+    fn encode(&self, writer: &mut Writer) {
+        writer.varint(u64::from(self.namespace.0));
+        writer.u8(self.rule.to_byte());
+        writer.u8(u8::from(self.trust == Trust::Neither));
+        self.cut.encode(writer);
+        self.ahead.encode(writer);
+        writer.count(self.offers.len());
+        for offer in &self.offers {
+            writer.bytes(&offer.to_bytes());
+        }
+        writer.count(self.ledger.len());
+        for entry in &self.ledger {
+            writer.bytes(&entry.to_bytes());
+        }
+    }
+
+    fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+        let namespace = NamespaceId(reader.u32()?);
+        let rule = decode_rule(reader)?;
+        let trust = if decode_flag(reader)? { Trust::Neither } else { Trust::Coverage };
+        let cut = VersionVector::decode(reader)?;
+        let ahead = VersionVector::decode(reader)?;
+        let count = reader.count(4)?;
+        let offers =
+            (0..count).map(|_| Offer::from_bytes(reader.bytes()?)).collect::<Result<_, _>>()?;
+        let count = reader.count(4)?;
+        let ledger = (0..count)
+            .map(|_| LedgerEntry::from_bytes(reader.bytes()?))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { namespace, rule, cut, ahead, trust, offers, ledger })
     }
 }
 
@@ -524,6 +645,7 @@ mod tests {
     use super::*;
     use crate::{
         change::tests::{any_change, any_content},
+        repair::tests::any_offer,
         vector::tests::{any_actor, any_vector},
     };
 
@@ -570,6 +692,28 @@ mod tests {
             })
     }
 
+    fn any_merge() -> impl Strategy<Value = Merge> {
+        (
+            any_rule(),
+            any_vector(),
+            any_vector(),
+            any::<bool>(),
+            prop::collection::vec(any_offer(), 0..4),
+            prop::collection::vec(any_change(), 0..2),
+        )
+            .prop_map(|(rule, cut, ahead, damaged, offers, dropped)| {
+                let entry = |change: Change| LedgerEntry {
+                    winner: change.last(),
+                    winner_time: change.time(),
+                    key: change.deltas[0].key.clone(),
+                    loser: change.deltas[0].sibling.clone(),
+                };
+                let ledger = dropped.into_iter().map(entry).collect();
+                let trust = if damaged { Trust::Neither } else { Trust::Coverage };
+                Merge { namespace: NamespaceId(9), rule, cut, ahead, trust, offers, ledger }
+            })
+    }
+
     fn any_command() -> impl Strategy<Value = Command> {
         prop_oneof![
             any_write().prop_map(Command::Write),
@@ -586,6 +730,13 @@ mod tests {
                 Command::Collect(Collect { namespace: NamespaceId(2), stable, keys })
             }),
             prop::collection::vec(any_request(), 0..5).prop_map(Command::ForgetRequests),
+            any_merge().prop_map(Command::Merge),
+            (any_actor(), any_vector(), any_vector(), any_vector()).prop_map(
+                |(local, since, cut, ahead)| {
+                    let namespace = NamespaceId(4);
+                    Command::Advance(Advance { namespace, local, since, cut, ahead })
+                }
+            ),
         ]
     }
 

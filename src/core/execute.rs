@@ -14,12 +14,13 @@ use bytes::Bytes;
 use crate::{
     change::Change,
     command::{
-        Collect, Command, FailedCheck, Ingest, Ingested, Outcome, Remembered, Stopped, Write,
-        Written,
+        Advance, Collect, Command, FailedCheck, Ingest, Ingested, Merge, Merged, Outcome,
+        Remembered, Stopped, Write, Written,
     },
-    id::{Dot, NamespaceId, RequestId},
+    id::{Actor, Dot, NamespaceId, RequestId},
     ledger::LedgerEntry,
     record::{Delta, Record, Rule, Sibling},
+    repair::{self, DotReused, Sides, Trust},
     vector::VersionVector,
 };
 
@@ -42,9 +43,22 @@ pub trait ShardState {
     fn frontier(&self, namespace: NamespaceId) -> VersionVector;
     /// Moves the frontier.
     fn set_frontier(&mut self, namespace: NamespaceId, frontier: VersionVector);
+    /// Up to where records may be ahead of the frontier, because a repair brought them.
+    fn ahead(&self, namespace: NamespaceId) -> VersionVector;
+    /// Notes up to where records may be ahead.
+    fn set_ahead(&mut self, namespace: NamespaceId, ahead: VersionVector);
+    /// The encoded change of an actor that begins with this sequence number, if the log still has
+    /// it.
+    fn logged(
+        &self,
+        namespace: NamespaceId,
+        actor: Actor,
+        first_seq: u64,
+    ) -> Result<Option<Bytes>, Self::Error>;
     /// Appends to the change log.
     fn append_change(&mut self, namespace: NamespaceId, change: &Change);
-    /// Drops changes that `upto` covers.
+    /// Drops changes that `upto` covers. What it covers and the log does not have counts as
+    /// dropped: the next change appended comes after it.
     fn trim_changes(&mut self, namespace: NamespaceId, upto: &VersionVector);
     /// Adds to the conflict ledger.
     fn add_to_ledger(&mut self, namespace: NamespaceId, entry: LedgerEntry);
@@ -77,6 +91,8 @@ pub fn execute<S: ShardState>(state: &mut S, command: &Command) -> Result<Outcom
             }
             Ok(Outcome::Done)
         }
+        Command::Merge(merge) => execute_merge(state, merge),
+        Command::Advance(advance) => Ok(execute_advance(state, advance)),
     }
 }
 
@@ -92,7 +108,7 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
         });
     }
     let frontier = state.frontier(write.namespace);
-    if let Some(needed) = context_ahead(write, &frontier) {
+    if let Some(needed) = context_ahead(state, write, &frontier)? {
         return Ok(Outcome::ContextAhead { needed, frontier });
     }
     let failed = failed_checks(state, write)?;
@@ -101,11 +117,15 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
     }
 
     let first_seq = frontier.get(write.actor) + 1;
+    // What the records that are replaced have seen may be ahead of the frontier.
+    let mut depends_on = frontier.clone();
     let mut deltas = Vec::with_capacity(write.operations.len());
     let mut results = Vec::with_capacity(write.operations.len());
     for (seq, operation) in (first_seq..).zip(&write.operations) {
         let dot = Dot { actor: write.actor, seq };
         let mut record = state.record(write.namespace, &operation.key)?.unwrap_or_default();
+        let others = record.context().iter().filter(|(actor, _)| *actor != write.actor);
+        others.for_each(|(actor, seq)| depends_on.advance(actor, seq));
         let mut supersedes = record.superseded_by(operation.context.as_ref());
         supersede_oldest(&record, &mut supersedes);
         let time = write.time.max(record.latest_time().next());
@@ -119,7 +139,7 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
         deltas.push(delta);
     }
     if !deltas.is_empty() {
-        let change = Change { actor: write.actor, first_seq, depends_on: frontier, deltas };
+        let change = Change { actor: write.actor, first_seq, depends_on, deltas };
         append(state, write.namespace, &change);
     }
     if let Some(request) = write.request {
@@ -139,6 +159,11 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
     };
     for change in &ingest.changes {
         if ingested.frontier.covers(change.last()) {
+            if is_another(state, ingest.namespace, change)? {
+                let dot = Dot { actor: change.actor, seq: change.first_seq };
+                ingested.stopped = Some(Stopped::DotReused(dot));
+                break;
+            }
             ingested.repeated += 1;
             continue;
         }
@@ -157,6 +182,16 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
         ingested.applied += 1;
     }
     Ok(Outcome::Ingested(ingested))
+}
+
+/// Whether the log holds a different change under the same dots.
+fn is_another<S: ShardState>(
+    state: &S,
+    namespace: NamespaceId,
+    change: &Change,
+) -> Result<bool, S::Error> {
+    let held = state.logged(namespace, change.actor, change.first_seq)?;
+    Ok(held.is_some_and(|held| held != change.to_bytes()))
 }
 
 fn cannot_take(ingest: &Ingest, change: &Change, frontier: &VersionVector) -> Option<Stopped> {
@@ -185,6 +220,73 @@ fn execute_collect<S: ShardState>(state: &mut S, collect: &Collect) -> Result<Ou
         }
     }
     Ok(Outcome::Collected(collected))
+}
+
+fn execute_merge<S: ShardState>(state: &mut S, merge: &Merge) -> Result<Outcome, S::Error> {
+    let namespace = merge.namespace;
+    let applied = state.frontier(namespace);
+    if merge.trust == Trust::Neither && applied != merge.cut {
+        // Something was written since: a difference may be its work.
+        return Ok(Outcome::Moved);
+    }
+    let sides = Sides { applied: &applied, cut: &merge.cut, trust: merge.trust };
+    let mut merged = Merged::default();
+    for offer in &merge.offers {
+        let mine = state.record(namespace, &offer.key)?.unwrap_or_default();
+        match repair::merge(&mine, offer, sides, merge.rule) {
+            Ok((joined, _)) if joined == mine => {}
+            Ok((joined, dropped)) => {
+                for dropped in dropped {
+                    state.add_to_ledger(namespace, LedgerEntry::new(offer.key.clone(), dropped));
+                }
+                state.put_record(namespace, &offer.key, joined);
+                merged.changed += 1;
+            }
+            Err(DotReused(dot)) => {
+                merged.reused.get_or_insert(dot);
+            }
+        }
+    }
+    for entry in &merge.ledger {
+        state.add_to_ledger(namespace, entry.clone());
+    }
+    note_ahead(state, namespace, &[&merge.cut, &merge.ahead]);
+    Ok(Outcome::Merged(merged))
+}
+
+fn execute_advance<S: ShardState>(state: &mut S, advance: &Advance) -> Outcome {
+    let namespace = advance.namespace;
+    let mut frontier = state.frontier(namespace);
+    if frontier.get(advance.local) < advance.cut.get(advance.local) {
+        return Outcome::OwnChangeUnknown;
+    }
+    let others = |vector: &VersionVector| -> VersionVector {
+        vector.iter().filter(|(actor, _)| *actor != advance.local).collect()
+    };
+    if others(&frontier) != others(&advance.since) {
+        return Outcome::Moved;
+    }
+    let is_new = |&(actor, seq): &(Actor, u64)| frontier.get(actor) < seq;
+    let jumped: VersionVector = advance.cut.iter().filter(is_new).collect();
+    frontier.join(&advance.cut);
+    // Their changes never came here: whoever wants them from here must repair, too.
+    state.trim_changes(namespace, &jumped);
+    state.set_frontier(namespace, frontier.clone());
+    note_ahead(state, namespace, &[&advance.ahead]);
+    Outcome::Advanced(frontier)
+}
+
+fn note_ahead<S: ShardState>(state: &mut S, namespace: NamespaceId, vectors: &[&VersionVector]) {
+    let mut ahead = state.ahead(namespace);
+    let frontier = state.frontier(namespace);
+    let before = ahead.clone();
+    vectors.iter().for_each(|vector| ahead.join(vector));
+    if frontier.covers_all(&ahead) {
+        ahead = VersionVector::new();
+    }
+    if ahead != before {
+        state.set_ahead(namespace, ahead);
+    }
 }
 
 /// Where a delta is applied.
@@ -217,13 +319,26 @@ fn append<S: ShardState>(state: &mut S, namespace: NamespaceId, change: &Change)
     state.set_frontier(namespace, frontier);
 }
 
-/// What the write's contexts have seen, if this region has not applied all of it.
-fn context_ahead(write: &Write, frontier: &VersionVector) -> Option<VersionVector> {
+/// What the write's contexts have seen, if this region has not applied all of it. What a repair
+/// brought ahead of the frontier counts for its own key.
+fn context_ahead<S: ShardState>(
+    state: &S,
+    write: &Write,
+    frontier: &VersionVector,
+) -> Result<Option<VersionVector>, S::Error> {
     let mut needed = VersionVector::new();
-    for context in write.operations.iter().filter_map(|operation| operation.context.as_ref()) {
-        needed.join(context);
+    for operation in &write.operations {
+        let Some(context) = operation.context.as_ref().filter(|it| !frontier.covers_all(it)) else {
+            continue;
+        };
+        let record = state.record(write.namespace, &operation.key)?;
+        let mut here = frontier.clone();
+        record.iter().for_each(|record| here.join(record.context()));
+        if !here.covers_all(context) {
+            needed.join(context);
+        }
     }
-    (!frontier.covers_all(&needed)).then_some(needed)
+    Ok((!needed.is_empty()).then_some(needed))
 }
 
 fn failed_checks<S: ShardState>(state: &S, write: &Write) -> Result<Vec<FailedCheck>, S::Error> {

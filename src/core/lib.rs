@@ -22,6 +22,7 @@ pub mod merkle;
 pub mod namespace;
 pub mod placement;
 pub mod record;
+pub mod repair;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod token;

@@ -48,9 +48,14 @@ pub fn digest(key: &[u8], record: &Record) -> u64 {
     hash.digest().max(1)
 }
 
+/// Where a key stands among all keys of its tree: its leaf in the top 16 bits.
+pub fn place_of(key: &[u8]) -> u64 {
+    xxh3_64(key)
+}
+
 /// The leaf of a key.
 pub fn leaf_of(key: &[u8]) -> u16 {
-    let [high, low, ..] = xxh3_64(key).to_be_bytes();
+    let [high, low, ..] = place_of(key).to_be_bytes();
     u16::from_be_bytes([high, low])
 }
 

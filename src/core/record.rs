@@ -1,11 +1,11 @@
 //! What is stored for one key: its causal context and its siblings, and how they merge.
 //!
 //! A [`Record`] is a dotted version vector set: a sibling survives a merge if both sides hold it,
-//! or if the side without it has not seen its dot. A [`Delta`] is what one write changes; applied
-//! in causal order it gives the same record as merging whole records does.
+//! or if the side without it has not seen its dot ([`crate::repair::merge`]). A [`Delta`] is what
+//! one write changes; applied in causal order it gives the same record as merging whole records.
 //!
 //! Invariants:
-//! * [`Record::join`] is commutative, associative and idempotent over reachable records.
+//! * Merging is commutative, associative and idempotent over reachable records.
 //! * The context covers the dot of every sibling.
 //! * Under `lww` there is exactly one sibling, a value or a tombstone, and it is the one with the
 //!   highest (time, dot) of all events that the context covers: writers stamp later than what
@@ -238,26 +238,16 @@ impl Record {
         lost.chain(self.resolve(rule)).collect()
     }
 
-    /// Merges two replicas' records of one key.
-    ///
-    /// Pure: reads no clock, cannot fail. O(n log n) in the number of siblings.
-    pub fn join(&self, other: &Self, rule: Rule) -> Self {
-        let mut siblings: Vec<Sibling> = Vec::new();
-        for (mine, theirs) in [(self, other), (other, self)] {
-            for held in &mine.siblings {
-                let also_there = theirs.siblings.iter().any(|there| there.dot == held.dot);
-                if also_there || !theirs.context.covers(held.dot) {
-                    siblings.push(held.clone());
-                }
-            }
-        }
+    /// The record of these parts, brought to what the rule allows, and what that dropped.
+    pub(crate) fn resolved(
+        context: VersionVector,
+        mut siblings: Vec<Sibling>,
+        rule: Rule,
+    ) -> (Self, Vec<Dropped>) {
         siblings.sort_by_key(|held| held.dot);
-        siblings.dedup_by_key(|held| held.dot);
-        let mut context = self.context.clone();
-        context.join(&other.context);
-        let mut joined = Self { context, siblings };
-        joined.resolve(rule);
-        joined
+        let mut record = Self { context, siblings };
+        let dropped = record.resolve(rule);
+        (record, dropped)
     }
 
     /// Brings the siblings to what the rule allows.

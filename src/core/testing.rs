@@ -9,11 +9,13 @@ use bytes::Bytes;
 
 use crate::{
     change::Change,
-    command::Remembered,
+    command::{Advance, Command, Merge, Remembered},
     execute::ShardState,
     id::{Actor, NamespaceId, RequestId},
     ledger::{LedgerEntry, LedgerId},
-    record::Record,
+    merkle::{FAN_OUT, Tree, digest, leaf_of},
+    record::{Record, Rule},
+    repair::{self, Offer, Trust},
     vector::VersionVector,
 };
 
@@ -24,8 +26,12 @@ pub struct MemoryState {
     pub records: BTreeMap<(NamespaceId, Bytes), Record>,
     /// Frontiers.
     pub frontiers: BTreeMap<NamespaceId, VersionVector>,
+    /// Up to where records may be ahead of the frontiers.
+    pub ahead: BTreeMap<NamespaceId, VersionVector>,
     /// Change logs, by actor and first sequence number.
     pub changes: BTreeMap<(NamespaceId, Actor, u64), Change>,
+    /// Up to where the change logs are gone.
+    pub trimmed: BTreeMap<NamespaceId, VersionVector>,
     /// The ledger.
     pub ledger: BTreeMap<(NamespaceId, LedgerId), LedgerEntry>,
     /// Remembered requests.
@@ -33,7 +39,8 @@ pub struct MemoryState {
 }
 
 impl MemoryState {
-    /// The changes that `frontier` does not cover, in an order that respects causality.
+    /// The changes that `frontier` does not cover, in an order that respects causality, as far as
+    /// the log has all that comes before them.
     pub fn changes_above(&self, namespace: NamespaceId, frontier: &VersionVector) -> Vec<Change> {
         let mut waiting: Vec<&Change> = self
             .changes
@@ -67,6 +74,96 @@ impl MemoryState {
     }
 }
 
+impl MemoryState {
+    /// The keys and records of a namespace, in order of the keys.
+    pub fn held(&self, namespace: NamespaceId) -> impl Iterator<Item = (&Bytes, &Record)> {
+        let all = self.records.range((namespace, Bytes::new())..);
+        all.take_while(move |((held, _), _)| *held == namespace)
+            .map(|((_, key), record)| (key, record))
+    }
+
+    /// The Merkle tree, computed from all records.
+    pub fn tree(&self, namespace: NamespaceId) -> Tree {
+        let mut tree = Tree::default();
+        for (key, record) in self.held(namespace) {
+            tree.toggle(leaf_of(key), digest(key, record));
+        }
+        tree
+    }
+
+    fn leaf(&self, namespace: NamespaceId, leaf: u16) -> Vec<(Bytes, Record)> {
+        let live = self.held(namespace).filter(|(_, record)| !record.is_dead());
+        let inside = live.filter(|(key, _)| leaf_of(key) == leaf);
+        inside.map(|(key, record)| (key.clone(), record.clone())).collect()
+    }
+}
+
+/// A repair of one region from another, as of one moment of each.
+#[derive(Clone, Debug)]
+pub struct MemoryRepair {
+    /// Where.
+    pub namespace: NamespaceId,
+    /// Its rule.
+    pub rule: Rule,
+    /// The region that is repaired.
+    pub local: Actor,
+}
+
+impl MemoryRepair {
+    /// The commands that repair `receiver`, in order: merges of at most `page` records, and at the
+    /// end the advance. What a source would send is computed as a source does.
+    pub fn commands(
+        &self,
+        receiver: &MemoryState,
+        source: &MemoryState,
+        page: usize,
+    ) -> Vec<Command> {
+        let Self { namespace, rule, local } = *self;
+        let (known, cut) = (receiver.frontier(namespace), source.frontier(namespace));
+        let ahead = source.ahead(namespace);
+        let (mine, theirs) = (receiver.tree(namespace), source.tree(namespace));
+        let nodes = repair::differing_nodes(&mine.nodes(), &theirs.nodes());
+        let leaves = nodes.iter().flat_map(|&high| {
+            let block = theirs.block(high).copied().unwrap_or([0; FAN_OUT]);
+            repair::differing_leaves(&mine, high, &block)
+        });
+        let mut offers = Vec::new();
+        for leaf in leaves {
+            let listed: Vec<(Bytes, u64)> = receiver
+                .leaf(namespace, leaf)
+                .iter()
+                .map(|(key, record)| (key.clone(), digest(key, record)))
+                .collect();
+            let digests = listed.iter().map(|(_, digest)| *digest).collect();
+            let answer = repair::answer_leaf(&source.leaf(namespace, leaf), digests, &known);
+            let offered: Vec<Bytes> = answer.offers.iter().map(|it| it.key.clone()).collect();
+            offers.extend(repair::absent_offers(&listed, &offered, &answer.unknown));
+            offers.extend(answer.offers);
+        }
+        let untold = source.held(namespace).filter(|(_, record)| {
+            let is_dead = record.is_dead() && repair::lacks_tombstone(&known, record);
+            is_dead || repair::is_ahead(&cut, record)
+        });
+        offers.extend(untold.map(|(key, record)| Offer::new(key.clone(), record, &known)));
+        let ledger = source
+            .ledger
+            .iter()
+            .filter(|((held, _), entry)| *held == namespace && repair::lacks_entry(&known, entry))
+            .map(|(_, entry)| entry.clone());
+        let merge = |offers: Vec<Offer>, ledger: Vec<LedgerEntry>| {
+            let (cut, ahead, trust) = (cut.clone(), ahead.clone(), Trust::Coverage);
+            Command::Merge(Merge { namespace, rule, cut, ahead, trust, offers, ledger })
+        };
+        let mut commands: Vec<Command> =
+            offers.chunks(page.max(1)).map(|page| merge(page.to_vec(), Vec::new())).collect();
+        commands.push(merge(Vec::new(), ledger.collect()));
+        let advance =
+            Advance { namespace, local, since: known, cut: cut.clone(), ahead: ahead.clone() };
+        commands.push(Command::Advance(advance));
+        commands
+    }
+}
+
 const MIN_ACTOR: Actor = Actor { region: crate::id::RegionId(0), incarnation: 0 };
 
 impl ShardState for MemoryState {
@@ -92,12 +189,45 @@ impl ShardState for MemoryState {
         self.frontiers.insert(namespace, frontier);
     }
 
+    fn ahead(&self, namespace: NamespaceId) -> VersionVector {
+        self.ahead.get(&namespace).cloned().unwrap_or_default()
+    }
+
+    fn set_ahead(&mut self, namespace: NamespaceId, ahead: VersionVector) {
+        self.ahead.insert(namespace, ahead);
+    }
+
+    fn logged(
+        &self,
+        namespace: NamespaceId,
+        actor: Actor,
+        first_seq: u64,
+    ) -> Result<Option<Bytes>, Infallible> {
+        Ok(self.changes.get(&(namespace, actor, first_seq)).map(Change::to_bytes))
+    }
+
     fn append_change(&mut self, namespace: NamespaceId, change: &Change) {
         self.changes.insert((namespace, change.actor, change.first_seq), change.clone());
     }
 
     fn trim_changes(&mut self, namespace: NamespaceId, upto: &VersionVector) {
-        self.changes.retain(|(held, ..), change| *held != namespace || !upto.covers(change.last()));
+        let mut trimmed = self.trimmed.get(&namespace).cloned().unwrap_or_default();
+        for (actor, seq) in upto.iter() {
+            let at =
+                self.changes.range((namespace, actor, 0)..=(namespace, actor, seq)).next_back();
+            // Changes go whole.
+            let whole = match at {
+                Some((_, change)) if seq < change.last().seq => change.first_seq - 1,
+                Some(_) | None => seq,
+            };
+            trimmed.advance(actor, whole);
+        }
+        if trimmed.is_empty() {
+            return;
+        }
+        let is_gone = |change: &Change| trimmed.covers(change.last());
+        self.changes.retain(|(held, ..), change| *held != namespace || !is_gone(change));
+        self.trimmed.insert(namespace, trimmed);
     }
 
     fn add_to_ledger(&mut self, namespace: NamespaceId, entry: LedgerEntry) {

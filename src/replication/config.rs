@@ -19,6 +19,10 @@ pub struct ReplicationConfig {
     pub relay_after: Duration,
     /// How often an unchanged frontier is told again.
     pub heartbeat: Duration,
+    /// About how often each shard is compared with each region.
+    pub repair_interval: Duration,
+    /// What a repair takes from another region at most, per shard.
+    pub repair_bytes_per_second: u64,
 }
 
 impl Default for ReplicationConfig {
@@ -31,6 +35,8 @@ impl Default for ReplicationConfig {
             watchdog: Duration::from_secs(30),
             relay_after: Duration::from_secs(3),
             heartbeat: Duration::from_secs(5),
+            repair_interval: Duration::from_secs(600),
+            repair_bytes_per_second: 32 << 20,
         }
     }
 }
@@ -47,3 +53,12 @@ pub(crate) const INGEST_TIMEOUT: Duration = Duration::from_secs(30);
 pub(crate) const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// Messages waiting between a task and its stream, each way.
 pub(crate) const STREAM_MESSAGES_MAX: usize = 16;
+/// Repairs of a node that run at once; others wait for their turn.
+pub(crate) const REPAIRS_MAX: usize = 2;
+/// Largest merge that is proposed at once: a small part of a log entry, so that local writes go on
+/// in between. A larger record goes alone.
+pub(crate) const MERGE_BYTES_MAX: usize = 256 << 10;
+/// Digests of leaves in one message.
+pub(crate) const LEAF_PAGE_BYTES: usize = 64 << 10;
+/// How long a merge may take before its outcome counts as unknown.
+pub(crate) const MERGE_TIMEOUT: Duration = Duration::from_secs(30);

@@ -4,7 +4,8 @@
 //! frontier for every namespace, and the peer's leader streams all changes above it in causal
 //! order as they commit (`feed`, [`LinkServer`]). The receiver's frontier *is* the cursor: the
 //! Raft entry that applies changes also moves it. So replay, reorder, crash and failover repeat
-//! at most a batch and never lose or double one, and there is no queue that could overflow.
+//! at most a batch and never lose or double one, and there is no queue that could overflow. Where
+//! the change log no longer reaches back, Merkle trees tell what differs (`repair`).
 //!
 //! Invariants:
 //! * A change is applied only when everything that it depends on is applied.
@@ -22,6 +23,7 @@ mod links;
 mod pending;
 mod puller;
 mod relay;
+mod repair;
 mod server;
 mod status;
 mod wire;
@@ -30,7 +32,9 @@ pub use channels::LinkChannels;
 pub use config::ReplicationConfig;
 pub use links::Links;
 pub use server::{CatalogChange, CatalogChanges, LinkServer};
-pub use status::{LinkKey, LinkPhase, LinkStatus, LinkStatuses, Traffic};
+pub use status::{
+    LinkKey, LinkPhase, LinkStatus, LinkStatuses, RepairCounts, RepairProgress, Traffic,
+};
 pub use wire::link_identity;
 
 /// The version of the link protocol that this build speaks.

@@ -2,11 +2,16 @@
 
 use std::sync::Arc;
 
+use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tombolo_shard::{Shard, Shards};
 
 use crate::{
-    channels::LinkChannels, config::ReplicationConfig, puller::Puller, relay::Paths,
+    channels::LinkChannels,
+    config::{REPAIRS_MAX, ReplicationConfig},
+    puller::Puller,
+    relay::Paths,
+    repair::Gate,
     status::LinkStatuses,
 };
 
@@ -16,13 +21,16 @@ pub struct Links {
     config: ReplicationConfig,
     channels: LinkChannels,
     statuses: Arc<LinkStatuses>,
+    /// Repairs that may still begin.
+    repairs: Arc<Semaphore>,
 }
 
 impl Links {
     /// The links of `shards`.
     pub fn new(shards: Shards, config: ReplicationConfig) -> Self {
         let statuses = Arc::new(LinkStatuses::default());
-        Self { shards, config, channels: LinkChannels::default(), statuses }
+        let repairs = Arc::new(Semaphore::new(REPAIRS_MAX));
+        Self { shards, config, channels: LinkChannels::default(), statuses, repairs }
     }
 
     /// What the links are doing.
@@ -53,7 +61,7 @@ impl Links {
     ) -> impl Future<Output = ()> + Send + 'static {
         let catalog = self.shards.catalog().clone();
         let (channels, statuses) = (self.channels.clone(), Arc::clone(&self.statuses));
-        let config = self.config.clone();
+        let (config, repairs) = (self.config.clone(), Arc::clone(&self.repairs));
         async move {
             let mut leadership = shard.group().leadership();
             loop {
@@ -66,6 +74,7 @@ impl Links {
                     let topology = Arc::new(shard.topology().clone());
                     let peers = topology.peers().map(|peer| peer.id);
                     let paths = Arc::new(Paths::new(peers, config.relay_after));
+                    let gate = Gate::default();
                     for peer in topology.peers().filter(|peer| !peer.link_addresses.is_empty()) {
                         let puller = Puller {
                             shard: shard.clone(),
@@ -74,6 +83,8 @@ impl Links {
                             channels: channels.clone(),
                             statuses: Arc::clone(&statuses),
                             paths: Arc::clone(&paths),
+                            gate: gate.clone(),
+                            repairs: Arc::clone(&repairs),
                             config: config.clone(),
                         };
                         pullers.spawn(puller.run(stop.clone()));

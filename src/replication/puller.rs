@@ -11,7 +11,7 @@ use std::{
 
 use futures::future::{BoxFuture, OptionFuture};
 use tokio::{
-    sync::mpsc,
+    sync::{Semaphore, mpsc},
     time::{Instant, MissedTickBehavior},
 };
 use tokio_stream::wrappers::ReceiverStream;
@@ -35,10 +35,19 @@ use crate::{
     },
     pending::Pending,
     relay::Paths,
+    repair::{
+        Gate,
+        receiver::{Found, Purpose, Repair, RepairError},
+    },
     server::message_bytes_max,
     status::{LinkKey, LinkPhase, LinkStatuses},
     wire,
 };
+
+/// First pause after a repair that broke off.
+const RETRY_MIN: Duration = Duration::from_secs(1);
+/// Comparisons that look for a moment at which both regions have applied the same.
+const CHECKS_MAX: u32 = 10;
 
 /// Pulls one shard from one region while this node leads the shard.
 #[derive(Clone)]
@@ -49,6 +58,10 @@ pub(crate) struct Puller {
     pub(crate) channels: LinkChannels,
     pub(crate) statuses: Arc<LinkStatuses>,
     pub(crate) paths: Arc<Paths>,
+    /// Shared by all pullers of the shard.
+    pub(crate) gate: Gate,
+    /// Shared by all pullers of the node.
+    pub(crate) repairs: Arc<Semaphore>,
     pub(crate) config: ReplicationConfig,
 }
 
@@ -158,9 +171,12 @@ impl Puller {
         );
         Stream {
             puller: self,
+            address,
             requests,
             lanes: BTreeMap::new(),
             ingest: None,
+            repair: None,
+            check_at: Instant::now() + jittered(self.config.repair_interval),
             relayed: self.paths.relayed_by(self.peer.id),
             served: NamespaceId::CATALOG,
             moved: Instant::now(),
@@ -227,10 +243,16 @@ fn classify(address: &str, status: &Status) -> PullError {
 /// One open stream.
 struct Stream<'a> {
     puller: &'a Puller,
+    /// Where the peer's leader is.
+    address: &'a str,
     requests: mpsc::Sender<pb::PullRequest>,
     lanes: BTreeMap<NamespaceId, Lane>,
     /// The batch on its way through Raft.
     ingest: Option<BoxFuture<'static, (NamespaceId, Result<Ingested, ShardError>)>>,
+    /// The repair under way. Dropping it is safe.
+    repair: Option<BoxFuture<'static, (NamespaceId, Purpose, Result<Found, RepairError>)>>,
+    /// When all namespaces are compared next.
+    check_at: Instant,
     /// The regions whose changes the peer sends besides its own.
     relayed: BTreeSet<RegionId>,
     /// Whose batch was ingested last: the next one is another's, if there is one.
@@ -258,6 +280,24 @@ struct Lane {
     acknowledged: VersionVector,
     /// Up to where the peer's change log is gone, if that is past what is applied here.
     trimmed: Option<VersionVector>,
+    /// The repair that is to begin.
+    due: Option<Due>,
+}
+
+/// A repair that is to begin.
+#[derive(Clone, Copy, Debug)]
+struct Due {
+    purpose: Purpose,
+    /// Not before.
+    at: Instant,
+    /// So many tries came to nothing.
+    tried: u32,
+}
+
+impl Due {
+    fn now(purpose: Purpose) -> Self {
+        Self { purpose, at: Instant::now(), tried: 0 }
+    }
 }
 
 impl Stream<'_> {
@@ -268,9 +308,12 @@ impl Stream<'_> {
         let mut ticks = tokio::time::interval(FRONTIER_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
+        let mut gate = self.puller.gate.watch();
         self.subscribe().await?;
         loop {
             applied.borrow_and_update();
+            gate.borrow_and_update();
+            self.start_repair();
             self.start_ingest();
             let ingesting = self.ingest.is_some();
             let held_back = !ingesting && self.lanes.values().any(|lane| !lane.pending.is_empty());
@@ -281,6 +324,11 @@ impl Stream<'_> {
                     self.ingest = None;
                     self.ingested(namespace, result).await?;
                 }
+                Some((id, purpose, result)) = OptionFuture::from(self.repair.as_mut()) => {
+                    self.repair = None;
+                    self.repaired(id, purpose, result).await?;
+                }
+                changed = gate.changed() => changed.map_err(|_| PullError::Stopped)?,
                 message = stream.message() => {
                     heard = Instant::now();
                     match message {
@@ -300,6 +348,7 @@ impl Stream<'_> {
                     self.acknowledge_all().await?;
                     self.follow_relays().await?;
                     self.begin_untrimmed().await?;
+                    self.look_for_repairs();
                     self.watch(heard)?;
                 }
             }
@@ -334,9 +383,12 @@ impl Stream<'_> {
             peer_frontier: VersionVector::new(),
             acknowledged: VersionVector::new(),
             trimmed: None,
+            due: None,
         });
         lane.acknowledged = frontier;
-        lane.trimmed = None;
+        if lane.trimmed.take().is_some() {
+            lane.due = None;
+        }
         self.puller.statuses.update(self.puller.key(id), |status| {
             status.phase = LinkPhase::Streaming;
             status.last_error = None;
@@ -410,19 +462,16 @@ impl Stream<'_> {
                     .map_err(|status| broken(status.message()))?;
                 let Some(lane) = self.lanes.get_mut(&id) else { return Ok(()) };
                 lane.trimmed = Some(trimmed);
+                lane.due = Some(Due::now(Purpose::CatchUp));
                 self.puller.statuses.update(self.puller.key(id), |status| {
-                    status.phase = LinkPhase::Blocked;
-                    status.last_error = Some(
-                        "the peer's change log no longer reaches back to what this region \
-                              has; it needs repair"
-                            .to_owned(),
-                    );
+                    status.phase = LinkPhase::Repairing;
+                    status.last_error = None;
                 });
-                tracing::error!(
+                tracing::warn!(
                     shard = %self.puller.shard.id(),
                     peer = %self.puller.peer.name,
                     namespace = %id,
-                    "the peer's change log no longer reaches back to what this region has"
+                    "the peer's change log no longer reaches back to what this region has: repairing"
                 );
                 Ok(())
             }
@@ -455,6 +504,129 @@ impl Stream<'_> {
         Ok(())
     }
 
+    /// Makes repairs due that somebody asked for, and now and then a comparison of everything.
+    fn look_for_repairs(&mut self) {
+        let now = Instant::now();
+        let check = self.check_at <= now;
+        if check {
+            self.check_at = now + jittered(self.puller.config.repair_interval);
+        }
+        for (&id, lane) in &mut self.lanes {
+            if self.puller.statuses.take_asked(self.puller.key(id)) {
+                lane.due = Some(Due::now(Purpose::CatchUp));
+            } else if check && lane.due.is_none() {
+                lane.due = Some(Due::now(Purpose::Check));
+            }
+        }
+    }
+
+    /// Begins a repair that is due, if it is its turn.
+    fn start_repair(&mut self) {
+        if self.repair.is_some() {
+            return;
+        }
+        let puller = self.puller;
+        let now = Instant::now();
+        for (&id, lane) in &mut self.lanes {
+            let Some(due) = lane.due.filter(|due| due.at <= now) else { continue };
+            let Ok(permit) = Arc::clone(&puller.repairs).try_acquire_owned() else { return };
+            let Some(pass) = puller.gate.enter(id) else { continue };
+            if due.purpose == Purpose::CatchUp {
+                puller.statuses.update(puller.key(id), |status| {
+                    status.phase = LinkPhase::Repairing;
+                    status.next_retry = None;
+                });
+            }
+            let repair = Repair {
+                shard: puller.shard.clone(),
+                peer: puller.peer.clone(),
+                address: self.address.to_owned(),
+                namespace: Arc::clone(&lane.namespace),
+                channels: puller.channels.clone(),
+                statuses: Arc::clone(&puller.statuses),
+                config: puller.config.clone(),
+            };
+            self.repair = Some(Box::pin(async move {
+                let _held = (permit, pass);
+                (id, due.purpose, repair.run(due.purpose).await)
+            }));
+            return;
+        }
+    }
+
+    async fn repaired(
+        &mut self,
+        id: NamespaceId,
+        purpose: Purpose,
+        result: Result<Found, RepairError>,
+    ) -> Result<(), PullError> {
+        let puller = self.puller;
+        let progress = puller.statuses.take_repair(puller.key(id));
+        let Some(lane) = self.lanes.get_mut(&id) else { return Ok(()) };
+        let tried = lane.due.map_or(0, |due| due.tried) + 1;
+        // At first soon, then less and less often.
+        let pause = jittered(puller.config.retry_max.min(RETRY_MIN * tried));
+        lane.due = match (&result, purpose) {
+            (Ok(Found::Moving), _) if tried < CHECKS_MAX => {
+                Some(Due { purpose, at: Instant::now() + pause, tried })
+            }
+            (Ok(_), _) | (Err(_), Purpose::Check) => None,
+            (Err(_), Purpose::CatchUp) => Some(Due { purpose, at: Instant::now() + pause, tried }),
+        };
+        puller.statuses.count_repair(puller.peer.id, |counts| match &result {
+            Ok(Found::Equal) => counts.equal += 1,
+            Ok(Found::CaughtUp) => counts.caught_up += 1,
+            Ok(Found::Moving | Found::Damage { .. }) => {}
+            Err(_) => counts.failed += 1,
+        });
+        match result {
+            Ok(found) => {
+                if purpose == Purpose::CatchUp {
+                    tracing::info!(
+                        shard = %puller.shard.id(),
+                        peer = %puller.peer.name,
+                        namespace = %lane.namespace.name,
+                        ?found,
+                        records = progress.as_ref().map_or(0, |it| it.records),
+                        received_bytes = progress.as_ref().map_or(0, |it| it.received_bytes),
+                        seconds = progress.map_or(0.0, |it| it.began.elapsed().as_secs_f64()),
+                        "repaired"
+                    );
+                    puller.statuses.update(puller.key(id), |status| {
+                        status.phase = LinkPhase::Streaming;
+                        status.last_error = None;
+                    });
+                }
+                self.moved = Instant::now();
+                *self.progress = Progress::Applied;
+                self.acknowledge(id).await?;
+                self.show_lag(id);
+                self.begin_untrimmed().await
+            }
+            Err(error) => {
+                let reason = error.to_string();
+                tracing::warn!(
+                    shard = %puller.shard.id(),
+                    peer = %puller.peer.name,
+                    namespace = %lane.namespace.name,
+                    error = %reason,
+                    "repair broken off, will retry"
+                );
+                let is_final = !matches!(error, RepairError::Broken(_));
+                puller.statuses.update(puller.key(id), |status| {
+                    status.last_error = Some(reason);
+                    if purpose == Purpose::CatchUp {
+                        status.next_retry = SystemTime::now().checked_add(pause);
+                    }
+                    if is_final {
+                        status.phase = LinkPhase::Blocked;
+                    }
+                });
+                Ok(())
+            }
+        }
+    }
+
     fn show_lag(&self, id: NamespaceId) {
         let Some(lane) = self.lanes.get(&id) else { return };
         let lag_events = lane.peer_frontier.events_beyond(&self.puller.shard.frontier(id));
@@ -474,7 +646,7 @@ impl Stream<'_> {
         let (before, after): (Vec<_>, Vec<_>) =
             self.lanes.iter_mut().partition(|(id, _)| **id <= last);
         for (&id, lane) in after.into_iter().chain(before) {
-            if lane.pending.is_empty() {
+            if lane.pending.is_empty() || self.puller.gate.is_closed(id) {
                 continue;
             }
             let frontier = shard.frontier(id);
@@ -510,10 +682,10 @@ impl Stream<'_> {
             None | Some(Stopped::Dependency) => {}
             Some(Stopped::Gap) => return Err(broken("the stream has a gap")),
             Some(Stopped::OwnChangeUnknown) => {
-                return Err(broken(
-                    "the peer holds a write of this region that this region does not know: its \
-                     counters went back; restore it under a new incarnation",
-                ));
+                return Err(PullError::Broken(RepairError::OwnChangeUnknown.to_string()));
+            }
+            Some(Stopped::DotReused(dot)) => {
+                return Err(PullError::Broken(RepairError::DotReused(dot).to_string()));
             }
         }
         self.acknowledge(id).await?;
@@ -547,7 +719,8 @@ impl Stream<'_> {
             return Err(broken("the peer was silent for too long"));
         }
         let held_back = self.lanes.values().find_map(|lane| lane.pending.waits_for());
-        if held_back.is_none() && self.ingest.is_none() {
+        let is_repairing = !self.puller.gate.watch().borrow().is_empty();
+        if is_repairing || (held_back.is_none() && self.ingest.is_none()) {
             self.moved = Instant::now();
         }
         if self.moved.elapsed() > limit {
@@ -568,6 +741,11 @@ async fn send(
         Ok(sent) => sent.map_err(|_| broken("the peer ended the stream")),
         Err(_) => Err(broken("the peer reads no requests")),
     }
+}
+
+/// Somewhere around `interval`, so that shards and nodes do not act in step.
+fn jittered(interval: Duration) -> Duration {
+    interval.mul_f64(rand::random_range(0.75..=1.25))
 }
 
 fn broken(reason: &str) -> PullError {

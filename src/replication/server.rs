@@ -17,6 +17,7 @@ use tonic::{Request, Response, Status, Streaming, codec::CompressionEncoding};
 use crate::{
     config::{CONNECT_TIMEOUT, QUORUM_AGE_MAX, ReplicationConfig, STREAM_MESSAGES_MAX},
     feed::Feed,
+    repair::source,
     status::LinkStatuses,
     wire::{check_identity, link_identity},
 };
@@ -107,21 +108,27 @@ pub(crate) fn not_leader(shard: &Shard) -> Status {
     status
 }
 
+async fn first_of<T>(requests: &mut Streaming<T>) -> Result<T, Status> {
+    tokio::time::timeout(CONNECT_TIMEOUT, requests.next())
+        .await
+        .map_err(|_| Status::deadline_exceeded("no first message"))?
+        .ok_or_else(|| Status::invalid_argument("the stream is empty"))?
+}
+
+type RepairStream = Pin<Box<dyn Stream<Item = Result<pb::RepairResponse, Status>> + Send>>;
 type PullStream = Pin<Box<dyn Stream<Item = Result<pb::PullResponse, Status>> + Send>>;
 
 #[tonic::async_trait]
 impl LinkService for LinkServer {
     type PullStream = PullStream;
+    type RepairStream = RepairStream;
 
     async fn pull(
         &self,
         request: Request<Streaming<pb::PullRequest>>,
     ) -> Result<Response<PullStream>, Status> {
         let mut requests = request.into_inner();
-        let first = tokio::time::timeout(CONNECT_TIMEOUT, requests.next())
-            .await
-            .map_err(|_| Status::deadline_exceeded("no first message"))?
-            .ok_or_else(|| Status::invalid_argument("the stream is empty"))??;
+        let first = first_of(&mut requests).await?;
         let Some(pb::pull_request::Body::Open(open)) = first.body else {
             return Err(Status::invalid_argument("the first message must be `open`"));
         };
@@ -143,6 +150,23 @@ impl LinkService for LinkServer {
             subscriptions: Default::default(),
         };
         self.tasks.spawn(feed.run(requests, replies, self.shutdown.clone()));
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn repair(
+        &self,
+        request: Request<Streaming<pb::RepairRequest>>,
+    ) -> Result<Response<RepairStream>, Status> {
+        let mut requests = request.into_inner();
+        let first = first_of(&mut requests).await?;
+        let Some(pb::repair_request::Body::Open(open)) = first.body else {
+            return Err(Status::invalid_argument("the first message must be `open`"));
+        };
+        check_identity(self.shards.topology(), open.identity.clone())?;
+        let shard = self.led_shard(open.shard)?.clone();
+        let (replies, receiver) = mpsc::channel(STREAM_MESSAGES_MAX);
+        let shutdown = self.shutdown.clone();
+        self.tasks.spawn(source::serve(shard, open, requests, replies, shutdown));
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 

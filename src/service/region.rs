@@ -132,12 +132,13 @@ impl RegionApi {
             // As of now: a leader that was replaced would answer for the past.
             let fresh = Consistency::Linearizable;
             self.gateway.prepare_read(shard, namespace.id, &fresh, deadline).await?;
-            let Summary { frontier, root } = shard.store().summary(namespace.id);
+            let Summary { frontier, root, is_exact } = shard.store().summary(namespace.id);
             Ok(pb::ShardSummary {
                 shard: u32::from(shard.id().0),
                 node_id: self.gateway.topology().node.0,
                 frontier: frontier.to_bytes(),
                 root,
+                repairing: !is_exact,
             })
         }))
         .await
@@ -238,6 +239,7 @@ fn phase(phase: LinkPhase) -> pb::LinkPhase {
     match phase {
         LinkPhase::Connecting => pb::LinkPhase::Connecting,
         LinkPhase::Streaming => pb::LinkPhase::Streaming,
+        LinkPhase::Repairing => pb::LinkPhase::Repairing,
         LinkPhase::Blocked => pb::LinkPhase::Blocked,
     }
 }

@@ -22,11 +22,18 @@ pub struct CollectConfig {
     pub interval: Duration,
     /// How long the outcome of a request is remembered.
     pub request_retention: Duration,
+    /// Most bytes of the change log of one namespace in one shard that are kept for a region that
+    /// is behind; it repairs from there.
+    pub change_log_bytes: u64,
 }
 
 impl Default for CollectConfig {
     fn default() -> Self {
-        Self { interval: Duration::from_secs(5), request_retention: Duration::from_secs(600) }
+        Self {
+            interval: Duration::from_secs(5),
+            request_retention: Duration::from_secs(600),
+            change_log_bytes: 256 << 20,
+        }
     }
 }
 
@@ -134,14 +141,28 @@ impl Collector {
         Ok(())
     }
 
+    /// Trims what every region has, and beyond that what exceeds the budget.
     async fn trim_change_log(&self, shard: &Shard) -> Result<(), ShardError> {
         let topology = self.shards.topology();
         let peers: Vec<RegionId> = topology.peers().map(|region| region.id).collect();
         for (namespace, frontier) in shard.store().frontiers() {
             let stable = shard.peers().stable(namespace, &frontier, peers.iter().copied());
-            if stable.events_beyond(&shard.store().trimmed(namespace)) > 0 {
-                shard.trim(namespace, stable, Instant::now() + PROPOSAL_TIMEOUT).await?;
+            let (store, budget) = (shard.store().clone(), self.config.change_log_bytes);
+            let over = blocking(move || store.over_budget(namespace, budget)).await?;
+            let mut upto = stable.clone();
+            upto.join(&over);
+            if upto.events_beyond(&shard.store().trimmed(namespace)) == 0 {
+                continue;
             }
+            if !stable.covers_all(&over) {
+                tracing::warn!(
+                    shard = %shard.id(),
+                    %namespace,
+                    budget_bytes = self.config.change_log_bytes,
+                    "the change log exceeds its budget; a region that is behind will repair"
+                );
+            }
+            shard.trim(namespace, upto, Instant::now() + PROPOSAL_TIMEOUT).await?;
         }
         Ok(())
     }

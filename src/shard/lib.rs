@@ -31,4 +31,4 @@ pub use read::{Consistency, end_of_prefix};
 pub use scrub::{ScrubCounts, Scrubber};
 pub use shard::{Revision, Shard};
 pub use shards::Shards;
-pub use write::{WriteOutcome, WriteReply, WriteRequest};
+pub use write::{Advanced, WriteOutcome, WriteReply, WriteRequest};

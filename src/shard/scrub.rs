@@ -71,12 +71,13 @@ impl Scrubber {
             let problem = match blocking(move || store.scrub(namespace)).await {
                 Ok(found) => {
                     self.counts.records.fetch_add(found.records, Ordering::Relaxed);
-                    if found.differing.is_empty() {
+                    if found.differing.is_empty() && found.not_indexed.is_empty() {
                         continue;
                     }
                     format!(
-                        "{} leaves of the Merkle tree differ from the data",
-                        found.differing.len()
+                        "{} leaves of the Merkle tree and {} of its index differ from the data",
+                        found.differing.len(),
+                        found.not_indexed.len()
                     )
                 }
                 Err(error) => error.to_string(),

@@ -6,7 +6,10 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use tombolo_core::{
     Change, Command, Content, NamespaceId, Outcome, RequestId, VersionVector,
-    command::{Check, Collect, FailedCheck, Ingest, Ingested, Operation, Trim, Write, Written},
+    command::{
+        Advance, Check, Collect, FailedCheck, Ingest, Ingested, Merge, Merged, Operation, Trim,
+        Write, Written,
+    },
     namespace::Namespace,
 };
 
@@ -44,6 +47,17 @@ pub struct WriteReply {
     pub outcome: WriteOutcome,
     /// The log entry that carried it.
     pub revision: Revision,
+}
+
+/// What became of the end of a repair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Advanced {
+    /// The frontier covers the cut.
+    Done,
+    /// Changes of other regions came since the comparison: compare again.
+    Moved,
+    /// The cut holds writes of this region that this region does not know.
+    OwnChangeUnknown,
 }
 
 impl Shard {
@@ -88,9 +102,13 @@ impl Shard {
                     write.time = self.inner.clock.stamp();
                     continue;
                 }
-                Outcome::Ingested(_) | Outcome::Collected(_) | Outcome::Done => {
-                    return Err(self.unexpected("a write", &outcome));
-                }
+                Outcome::Ingested(_)
+                | Outcome::Collected(_)
+                | Outcome::Merged(_)
+                | Outcome::Advanced(_)
+                | Outcome::OwnChangeUnknown
+                | Outcome::Moved
+                | Outcome::Done => return Err(self.unexpected("a write", &outcome)),
             };
             return Ok(WriteReply { outcome, revision });
         }
@@ -127,6 +145,46 @@ impl Shard {
         match self.propose(&Command::Ingest(ingest), deadline).await? {
             (Outcome::Ingested(ingested), _) => Ok(ingested),
             (outcome, _) => Err(self.unexpected("an ingest", &outcome)),
+        }
+    }
+
+    /// Takes over records of another region; `None` if what was compared has changed since.
+    ///
+    /// # Errors
+    /// See [`ShardError`]. Repeating is always safe: a merge is a join.
+    pub async fn merge(
+        &self,
+        merge: Merge,
+        deadline: Instant,
+    ) -> Result<Option<Merged>, ShardError> {
+        self.inner.headroom.check(self.inner.id)?;
+        match self.propose(&Command::Merge(merge), deadline).await? {
+            (Outcome::Merged(merged), _) => Ok(Some(merged)),
+            (Outcome::Moved, _) => Ok(None),
+            (outcome, _) => Err(self.unexpected("a merge", &outcome)),
+        }
+    }
+
+    /// Ends a repair: moves the frontier to `cut`, of which all that was not here is merged since
+    /// this region had applied `since`.
+    ///
+    /// # Errors
+    /// See [`ShardError`]. Repeating is always safe.
+    pub async fn advance(
+        &self,
+        namespace: NamespaceId,
+        since: VersionVector,
+        cut: VersionVector,
+        ahead: VersionVector,
+        deadline: Instant,
+    ) -> Result<Advanced, ShardError> {
+        let local = self.inner.topology.actor();
+        let command = Command::Advance(Advance { namespace, local, since, cut, ahead });
+        match self.propose(&command, deadline).await? {
+            (Outcome::Advanced(_), _) => Ok(Advanced::Done),
+            (Outcome::Moved, _) => Ok(Advanced::Moved),
+            (Outcome::OwnChangeUnknown, _) => Ok(Advanced::OwnChangeUnknown),
+            (outcome, _) => Err(self.unexpected("the end of a repair", &outcome)),
         }
     }
 

@@ -128,6 +128,13 @@ struct Touched {
     now: Option<Record>,
 }
 
+/// A change that a run appended to a change log.
+struct Appended {
+    first_seq: u64,
+    last_seq: u64,
+    encoded: Bytes,
+}
+
 /// What writing the records of a run amounts to.
 #[derive(Default)]
 struct Written {
@@ -152,10 +159,11 @@ struct Run<'a> {
     last_read: RefCell<Option<(NamespaceId, Bytes, Stored)>>,
     frontiers: BTreeMap<NamespaceId, VersionVector>,
     trimmed: BTreeMap<NamespaceId, VersionVector>,
+    ahead: BTreeMap<NamespaceId, VersionVector>,
     /// Results that were remembered (`None`: forgotten) in this run.
     requests: BTreeMap<RequestId, Option<Bytes>>,
-    /// First and last sequence numbers of the changes that were appended in this run.
-    appended: BTreeMap<(NamespaceId, Actor), Vec<(u64, u64)>>,
+    /// The changes that were appended in this run.
+    appended: BTreeMap<(NamespaceId, Actor), Vec<Appended>>,
     membership: Option<(Position, Bytes)>,
     /// The first error of a call that cannot answer one.
     failure: Option<StorageError>,
@@ -203,6 +211,7 @@ impl<'a> Run<'a> {
             last_read: RefCell::new(None),
             frontiers: BTreeMap::new(),
             trimmed: BTreeMap::new(),
+            ahead: BTreeMap::new(),
             requests: BTreeMap::new(),
             appended: BTreeMap::new(),
             membership: None,
@@ -280,6 +289,10 @@ impl<'a> Run<'a> {
             let key = self.keys.meta(Meta::Trimmed(namespace));
             self.batch.put(key, encode_vector(trimmed));
         }
+        for (&namespace, ahead) in &self.ahead {
+            let key = self.keys.meta(Meta::Ahead(namespace));
+            self.batch.put(key, encode_vector(ahead));
+        }
         if let Some((position, membership)) = &self.membership {
             let value = encode_membership(*position, membership);
             self.batch.put(self.keys.meta(Meta::Membership), value);
@@ -317,6 +330,7 @@ impl<'a> Run<'a> {
             }
             view.frontiers.extend(self.frontiers);
             view.trimmed.extend(self.trimmed);
+            view.ahead.extend(self.ahead);
         }
         shard.applied.send_replace(last.index);
         if moved {
@@ -345,6 +359,16 @@ impl<'a> Run<'a> {
                 let change = was.digest() ^ is.digest();
                 if change != 0 {
                     leaves.push((merkle::leaf_of(key), change));
+                }
+                match (was, is) {
+                    (Stored::Live(_), Stored::Live(_)) => {}
+                    (_, Stored::Live(_)) => {
+                        self.batch.put(self.keys.hash(namespace, key), b"");
+                    }
+                    (Stored::Live(_), _) => {
+                        self.batch.delete(self.keys.hash(namespace, key));
+                    }
+                    _ => {}
                 }
             }
             if !leaves.is_empty() {
@@ -440,7 +464,8 @@ impl<'a> Run<'a> {
         self.value.extend_from_slice(&encode_header(end));
         self.value.extend_from_slice(&encoded);
         self.batch.put(self.keys.change(namespace, change.actor, change.first_seq), &self.value);
-        self.appended.entry(log).or_default().push((change.first_seq, change.last().seq));
+        let (first_seq, last_seq) = (change.first_seq, change.last().seq);
+        self.appended.entry(log).or_default().push(Appended { first_seq, last_seq, encoded });
         Ok(())
     }
 
@@ -479,9 +504,9 @@ impl<'a> Run<'a> {
     ) -> Result<u64, StorageError> {
         let appended = self.appended.get(&(namespace, actor));
         let holding = appended
-            .and_then(|all| all.iter().find(|(first, last)| (*first..=*last).contains(&seq)));
-        if let Some(&(first, last)) = holding {
-            return Ok(if last == seq { seq } else { first - 1 });
+            .and_then(|all| all.iter().find(|it| (it.first_seq..=it.last_seq).contains(&seq)));
+        if let Some(&Appended { first_seq, last_seq, .. }) = holding {
+            return Ok(if last_seq == seq { seq } else { first_seq - 1 });
         }
         match self.shard.change_at_or_before(namespace, actor, seq)? {
             Some((first, last)) if seq < last => Ok(first - 1),
@@ -520,6 +545,31 @@ impl ShardState for Run<'_> {
 
     fn set_frontier(&mut self, namespace: NamespaceId, frontier: VersionVector) {
         self.frontiers.insert(namespace, frontier);
+    }
+
+    fn ahead(&self, namespace: NamespaceId) -> VersionVector {
+        match self.ahead.get(&namespace) {
+            Some(ahead) => ahead.clone(),
+            None => self.shard.view.read().ahead.get(&namespace).cloned().unwrap_or_default(),
+        }
+    }
+
+    fn set_ahead(&mut self, namespace: NamespaceId, ahead: VersionVector) {
+        self.ahead.insert(namespace, ahead);
+    }
+
+    fn logged(
+        &self,
+        namespace: NamespaceId,
+        actor: Actor,
+        first_seq: u64,
+    ) -> Result<Option<Bytes>, StorageError> {
+        let appended = self.appended.get(&(namespace, actor));
+        let here = appended.and_then(|all| all.iter().find(|it| it.first_seq == first_seq));
+        match here {
+            Some(appended) => Ok(Some(appended.encoded.clone())),
+            None => self.shard.logged(namespace, actor, first_seq),
+        }
     }
 
     fn append_change(&mut self, namespace: NamespaceId, change: &Change) {

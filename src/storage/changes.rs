@@ -5,7 +5,7 @@
 
 use bytes::Bytes;
 use rocksdb::DBRawIterator;
-use tombolo_core::{Actor, Change, HybridTime, NamespaceId};
+use tombolo_core::{Actor, Change, HybridTime, NamespaceId, VersionVector};
 
 use crate::{
     ShardStore, StorageError,
@@ -73,6 +73,17 @@ impl Shard {
             Some(value) => self.log_end_of(value),
             None => self.check(&pairs).map(|()| 0),
         }
+    }
+
+    /// The encoded change that begins with this sequence number, if the log still has it.
+    pub(crate) fn logged(
+        &self,
+        namespace: NamespaceId,
+        actor: Actor,
+        first_seq: u64,
+    ) -> Result<Option<Bytes>, StorageError> {
+        let value = self.get(Keys::new(self.id).change(namespace, actor, first_seq))?;
+        value.map(|value| Ok(self.decode_change(&value)?.bytes)).transpose()
     }
 
     /// First and last sequence number of the change that starts at `seq` or last before it.
@@ -162,11 +173,39 @@ impl ShardStore {
     /// # Errors
     /// If it cannot be read.
     pub fn change_log_bytes(&self, namespace: NamespaceId) -> Result<u64, StorageError> {
-        let mut bytes = 0;
-        for (actor, _) in self.frontier(namespace).iter() {
-            bytes += self.log_bytes(namespace, actor)?.map_or(0, |(start, end)| end - start);
+        Ok(self.log_sizes(namespace)?.into_iter().map(|(_, size)| size).sum())
+    }
+
+    fn log_sizes(&self, namespace: NamespaceId) -> Result<Vec<(Actor, u64)>, StorageError> {
+        let size = |(actor, _)| {
+            let size = self.log_bytes(namespace, actor)?.map_or(0, |(start, end)| end - start);
+            Ok((actor, size))
+        };
+        self.frontier(namespace).iter().map(size).collect()
+    }
+
+    /// What must go so that at most `keep_bytes` of a namespace's change log stay; empty if it is
+    /// not larger. Each actor's log gives up the same share.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn over_budget(
+        &self,
+        namespace: NamespaceId,
+        keep_bytes: u64,
+    ) -> Result<VersionVector, StorageError> {
+        let sizes = self.log_sizes(namespace)?;
+        let total: u64 = sizes.iter().map(|(_, size)| size).sum();
+        if total <= keep_bytes {
+            return Ok(VersionVector::new());
         }
-        Ok(bytes)
+        let mut upto = VersionVector::new();
+        for (actor, size) in sizes {
+            let keep = u128::from(size) * u128::from(keep_bytes) / u128::from(total);
+            let keep = u64::try_from(keep).unwrap_or(u64::MAX);
+            upto.advance(actor, self.trim_point(namespace, actor, keep)?);
+        }
+        Ok(upto)
     }
 
     /// Up to which sequence number an actor's log must be trimmed so that at most `keep_bytes`
@@ -174,7 +213,7 @@ impl ShardStore {
     ///
     /// # Errors
     /// If it cannot be read.
-    pub fn trim_point(
+    fn trim_point(
         &self,
         namespace: NamespaceId,
         actor: Actor,

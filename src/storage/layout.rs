@@ -5,12 +5,12 @@
 //!
 //! | kind | rest of the key | value |
 //! |---|---|---|
-//! | 1 meta | field u8, then for fields 3 and 4 namespace u32 | see [`Meta`] |
+//! | 1 meta | field u8, then for fields 3 to 5 namespace u32 | see [`Meta`] |
 //! | 2 record | namespace u32, the user's key | `core::Record` |
 //! | 3 change | namespace u32, region u16, incarnation u32, first seq u64 | header, `core::Change` |
 //! | 4 ledger | namespace u32, id 16 bytes | `core::LedgerEntry` |
 //! | 5 dedup | client u64, number u64 | results of the request |
-//! | 6 | kept for hash | |
+//! | 6 hash | namespace u32, hash of the key u64, the user's key | nothing: the keys of a leaf are a range |
 //! | 7 tree | namespace u32, then 0 and a leaf's high byte, or 1 and a log index u64 | see `tree.rs` |
 //! | 8 tombstone | namespace u32, the user's key | `core::Record` without a value |
 //!
@@ -20,7 +20,7 @@
 //! Invariant: no two shards share a prefix, and nothing of a shard lies outside [`shard_start`]
 //! to [`shard_end`].
 
-use tombolo_core::{Actor, NamespaceId, RequestId, ShardId, ledger::LedgerId};
+use tombolo_core::{Actor, NamespaceId, RequestId, ShardId, ledger::LedgerId, merkle};
 
 /// Bytes before a key's rest.
 pub(crate) const PREFIX_BYTES: usize = 3;
@@ -43,6 +43,8 @@ pub(crate) enum Kind {
     Change = 3,
     Ledger = 4,
     Dedup = 5,
+    /// Keys of records with a value, in the order of the Merkle tree's leaves.
+    Hash = 6,
     Tree = 7,
     /// Records without a value, apart from those that scans read.
     Tombstone = 8,
@@ -59,6 +61,8 @@ pub(crate) enum Meta {
     Frontier(NamespaceId),
     /// Up to where the change log of a namespace is gone.
     Trimmed(NamespaceId),
+    /// Up to where records of a namespace may be ahead of its frontier.
+    Ahead(NamespaceId),
 }
 
 impl Meta {
@@ -70,6 +74,7 @@ impl Meta {
             [2] => Some(Self::Membership),
             [3, rest @ ..] => Some(Self::Frontier(namespace(rest)?)),
             [4, rest @ ..] => Some(Self::Trimmed(namespace(rest)?)),
+            [5, rest @ ..] => Some(Self::Ahead(namespace(rest)?)),
             _ => None,
         }
     }
@@ -105,6 +110,7 @@ impl Keys {
             Meta::Membership => (2, None),
             Meta::Frontier(namespace) => (3, Some(namespace)),
             Meta::Trimmed(namespace) => (4, Some(namespace)),
+            Meta::Ahead(namespace) => (5, Some(namespace)),
         };
         self.buffer.push(field);
         if let Some(namespace) = namespace {
@@ -114,24 +120,42 @@ impl Keys {
     }
 
     pub(crate) fn record(&mut self, namespace: NamespaceId, key: &[u8]) -> &[u8] {
-        self.start(Kind::Record);
-        self.buffer.extend_from_slice(&namespace.0.to_be_bytes());
-        self.buffer.extend_from_slice(key);
-        &self.buffer
+        self.in_namespace(Kind::Record, namespace, key)
     }
 
     pub(crate) fn tombstone(&mut self, namespace: NamespaceId, key: &[u8]) -> &[u8] {
-        self.start(Kind::Tombstone);
-        self.buffer.extend_from_slice(&namespace.0.to_be_bytes());
+        self.in_namespace(Kind::Tombstone, namespace, key)
+    }
+
+    pub(crate) fn ledger(&mut self, namespace: NamespaceId, id: &[u8]) -> &[u8] {
+        self.in_namespace(Kind::Ledger, namespace, id)
+    }
+
+    /// Names `key` in the hash index.
+    pub(crate) fn hash(&mut self, namespace: NamespaceId, key: &[u8]) -> &[u8] {
+        self.in_namespace(Kind::Hash, namespace, &merkle::place_of(key).to_be_bytes());
         self.buffer.extend_from_slice(key);
         &self.buffer
     }
 
-    /// The key after the last tombstone of a namespace.
-    pub(crate) fn tombstones_end(&mut self, namespace: NamespaceId) -> &[u8] {
+    /// Where the keys of a leaf begin in the hash index.
+    pub(crate) fn leaf_start(&mut self, namespace: NamespaceId, leaf: u16) -> &[u8] {
+        self.in_namespace(Kind::Hash, namespace, &leaf.to_be_bytes())
+    }
+
+    /// The key after the last of a leaf in the hash index.
+    pub(crate) fn leaf_end(&mut self, namespace: NamespaceId, leaf: u16) -> &[u8] {
+        match leaf.checked_add(1) {
+            Some(next) => self.leaf_start(namespace, next),
+            None => self.namespace_end(Kind::Hash, namespace),
+        }
+    }
+
+    /// The key after the last of a namespace's keys of a kind.
+    pub(crate) fn namespace_end(&mut self, kind: Kind, namespace: NamespaceId) -> &[u8] {
         match namespace.0.checked_add(1) {
-            Some(next) => self.tombstone(NamespaceId(next), b""),
-            None => self.kind_end(Kind::Tombstone),
+            Some(next) => self.in_namespace(kind, NamespaceId(next), b""),
+            None => self.kind_end(kind),
         }
     }
 
@@ -151,14 +175,6 @@ impl Keys {
         &self.buffer
     }
 
-    /// The key after the last record of a namespace.
-    pub(crate) fn records_end(&mut self, namespace: NamespaceId) -> &[u8] {
-        match namespace.0.checked_add(1) {
-            Some(next) => self.record(NamespaceId(next), b""),
-            None => self.kind_end(Kind::Record),
-        }
-    }
-
     pub(crate) fn change(&mut self, namespace: NamespaceId, actor: Actor, seq: u64) -> &[u8] {
         self.start(Kind::Change);
         self.buffer.extend_from_slice(&namespace.0.to_be_bytes());
@@ -166,21 +182,6 @@ impl Keys {
         self.buffer.extend_from_slice(&actor.incarnation.to_be_bytes());
         self.buffer.extend_from_slice(&seq.to_be_bytes());
         &self.buffer
-    }
-
-    pub(crate) fn ledger(&mut self, namespace: NamespaceId, id: &[u8]) -> &[u8] {
-        self.start(Kind::Ledger);
-        self.buffer.extend_from_slice(&namespace.0.to_be_bytes());
-        self.buffer.extend_from_slice(id);
-        &self.buffer
-    }
-
-    /// The key after the last ledger entry of a namespace.
-    pub(crate) fn ledger_end(&mut self, namespace: NamespaceId) -> &[u8] {
-        match namespace.0.checked_add(1) {
-            Some(next) => self.ledger(NamespaceId(next), b""),
-            None => self.kind_end(Kind::Ledger),
-        }
     }
 
     pub(crate) fn dedup(&mut self, request: RequestId) -> &[u8] {
@@ -202,6 +203,18 @@ impl Keys {
         if let Some(last) = self.buffer.last_mut() {
             *last += 1;
         }
+        &self.buffer
+    }
+
+    pub(crate) fn in_namespace(
+        &mut self,
+        kind: Kind,
+        namespace: NamespaceId,
+        rest: &[u8],
+    ) -> &[u8] {
+        self.start(kind);
+        self.buffer.extend_from_slice(&namespace.0.to_be_bytes());
+        self.buffer.extend_from_slice(rest);
         &self.buffer
     }
 
@@ -242,6 +255,11 @@ pub(crate) fn key_namespace(key: &[u8]) -> Option<NamespaceId> {
 /// The user's key of a record's or tombstone's key.
 pub(crate) fn user_key(key: &[u8]) -> Option<&[u8]> {
     key.get(RECORD_PREFIX_BYTES..)
+}
+
+/// The user's key of a hash index key.
+pub(crate) fn hashed_key(key: &[u8]) -> Option<&[u8]> {
+    key.get(RECORD_PREFIX_BYTES + 8..)
 }
 
 /// The first sequence number of a change key.
@@ -301,9 +319,17 @@ mod tests {
         assert_eq!(dedup_request(&dedup), Some(request));
         let record = keys.record(NamespaceId(u32::MAX), &[0xff; 9]).to_vec();
         assert_eq!(user_key(&record), Some(&[0xff; 9][..]));
-        assert!(record < keys.records_end(NamespaceId(u32::MAX)).to_vec());
+        assert!(record < keys.namespace_end(Kind::Record, NamespaceId(u32::MAX)).to_vec());
 
-        for key in [change, dedup, record] {
+        let hash = keys.hash(NamespaceId(5), b"k").to_vec();
+        assert_eq!(hashed_key(&hash), Some(&b"k"[..]));
+        let leaf = merkle::leaf_of(b"k");
+        assert!(keys.leaf_start(NamespaceId(5), leaf).to_vec() < hash);
+        assert!(hash < keys.leaf_end(NamespaceId(5), leaf).to_vec());
+        let last = keys.leaf_end(NamespaceId(5), u16::MAX).to_vec();
+        assert_eq!(last, keys.namespace_end(Kind::Hash, NamespaceId(5)));
+
+        for key in [change, dedup, record, hash] {
             assert!(start < key && key < end);
         }
     }
@@ -312,8 +338,13 @@ mod tests {
     fn meta_keys_read_back() {
         let mut keys = Keys::new(SHARD);
         let namespace = NamespaceId(1 << 20);
-        let all =
-            [Meta::Applied, Meta::Membership, Meta::Frontier(namespace), Meta::Trimmed(namespace)];
+        let all = [
+            Meta::Applied,
+            Meta::Membership,
+            Meta::Frontier(namespace),
+            Meta::Trimmed(namespace),
+            Meta::Ahead(namespace),
+        ];
         for meta in all {
             assert_eq!(Meta::from_rest(&keys.meta(meta)[PREFIX_BYTES..]), Some(meta));
         }

@@ -24,6 +24,7 @@
 
 mod apply;
 mod changes;
+mod cut;
 mod engine;
 mod error;
 mod layout;
@@ -40,6 +41,7 @@ mod tree;
 
 pub use apply::{ApplyEntry, ApplyPayload};
 pub use changes::StoredChange;
+pub use cut::Cut;
 pub use engine::{FORMAT_VERSION, Store, StoreConfig};
 pub use error::StorageError;
 pub use metrics::StoreMetrics;

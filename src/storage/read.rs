@@ -68,7 +68,7 @@ impl Shard {
         record.map_err(|error| StorageError::value(self.id, "record", &error))
     }
 
-    fn decode_ledger(&self, value: &[u8]) -> Result<LedgerEntry, StorageError> {
+    pub(crate) fn decode_ledger(&self, value: &[u8]) -> Result<LedgerEntry, StorageError> {
         let entry = LedgerEntry::from_bytes(Bytes::copy_from_slice(value));
         entry.map_err(|error| StorageError::value(self.id, "ledger entry", &error))
     }
@@ -134,7 +134,7 @@ impl ShardStore {
         let shard = &*self.inner;
         let mut keys = Keys::new(shard.id);
         let start = keys.tombstone(namespace, start).to_vec();
-        let end = keys.tombstones_end(namespace).to_vec();
+        let end = keys.namespace_end(Kind::Tombstone, namespace).to_vec();
         let mut pairs = shard.iterate(start, end, false);
         pairs.seek_to_first();
         let mut found = Vec::new();
@@ -173,7 +173,7 @@ impl ShardStore {
         let start = keys.record(namespace, &range.start).to_vec();
         let end = match &range.end {
             Some(end) => keys.record(namespace, end).to_vec(),
-            None => keys.records_end(namespace).to_vec(),
+            None => keys.namespace_end(Kind::Record, namespace).to_vec(),
         };
         let mut page = ScanPage::default();
         if end <= start {
@@ -233,7 +233,7 @@ impl ShardStore {
         if after.is_some() {
             start.push(0);
         }
-        let end = keys.ledger_end(namespace).to_vec();
+        let end = keys.namespace_end(Kind::Ledger, namespace).to_vec();
         let mut pairs = shard.iterate(start, end, true);
         pairs.seek_to_first();
         let mut entries = Vec::new();

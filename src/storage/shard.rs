@@ -144,6 +144,8 @@ pub(crate) struct View {
     pub(crate) membership: Option<(Position, Bytes)>,
     pub(crate) frontiers: BTreeMap<NamespaceId, VersionVector>,
     pub(crate) trimmed: BTreeMap<NamespaceId, VersionVector>,
+    /// Up to where records may be ahead of the frontiers.
+    pub(crate) ahead: BTreeMap<NamespaceId, VersionVector>,
     /// How many tombstones each namespace has, where it is not 0.
     pub(crate) tombstones: BTreeMap<NamespaceId, u64>,
     /// The Merkle tree over each namespace's records.
@@ -217,6 +219,9 @@ impl Shard {
                 }
                 Some(Meta::Trimmed(namespace)) => {
                     view.trimmed.insert(namespace, decode_vector(self.id, value)?);
+                }
+                Some(Meta::Ahead(namespace)) => {
+                    view.ahead.insert(namespace, decode_vector(self.id, value)?);
                 }
                 None => return Err(StorageError::key(self.id, "meta")),
             }
@@ -332,5 +337,18 @@ impl ShardStore {
     /// Up to where the change log of a namespace is gone.
     pub fn trimmed(&self, namespace: NamespaceId) -> VersionVector {
         self.inner.view.read().trimmed.get(&namespace).cloned().unwrap_or_default()
+    }
+
+    /// Whether a namespace is exactly what its frontier says. It is not while a repair is half done.
+    pub fn is_exact(&self, namespace: NamespaceId) -> bool {
+        self.inner.view.read().is_exact(namespace)
+    }
+}
+
+impl View {
+    pub(crate) fn is_exact(&self, namespace: NamespaceId) -> bool {
+        let Some(ahead) = self.ahead.get(&namespace) else { return true };
+        self.frontiers.get(&namespace).is_some_and(|frontier| frontier.covers_all(ahead))
+            || ahead.is_empty()
     }
 }

@@ -18,7 +18,7 @@ use tombolo_core::{
     encode_batch, execute,
     ledger::LedgerEntry,
     merkle::{self, Tree},
-    testing::MemoryState,
+    testing::{MemoryRepair, MemoryState},
 };
 
 use crate::{
@@ -161,9 +161,18 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
         let namespace = || NamespaceId(u32::from_be_bytes(rest[..4].try_into().unwrap()));
         match key[2] {
             kind if kind == Kind::Meta as u8 => {
-                if let Some(Meta::Frontier(namespace)) = Meta::from_rest(rest) {
-                    let frontier = VersionVector::from_bytes(value.slice(1..)).unwrap();
-                    state.frontiers.insert(namespace, frontier);
+                let vector = || VersionVector::from_bytes(value.slice(1..)).unwrap();
+                match Meta::from_rest(rest) {
+                    Some(Meta::Frontier(namespace)) => {
+                        state.frontiers.insert(namespace, vector());
+                    }
+                    Some(Meta::Trimmed(namespace)) => {
+                        state.trimmed.insert(namespace, vector());
+                    }
+                    Some(Meta::Ahead(namespace)) => {
+                        state.ahead.insert(namespace, vector());
+                    }
+                    Some(Meta::Applied | Meta::Membership) | None => {}
                 }
             }
             kind if kind == Kind::Record as u8 || kind == Kind::Tombstone as u8 => {
@@ -187,7 +196,7 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
                 let request = layout::dedup_request(key).unwrap();
                 state.requests.insert(request, Remembered::from_bytes(value).unwrap());
             }
-            kind if kind == Kind::Tree as u8 => {}
+            kind if kind == Kind::Tree as u8 || kind == Kind::Hash as u8 => {}
             kind => panic!("unknown kind {kind}"),
         }
         pairs.next();
@@ -203,6 +212,7 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
         for ((_, key), record) in state.records.iter().filter(|((held, _), _)| *held == namespace) {
             tree.toggle(merkle::leaf_of(key), merkle::digest(key, record));
         }
+        assert_eq!(shard.scrub(namespace).unwrap().not_indexed, Vec::<u16>::new());
         let kept = inner.view.read().trees.get(&namespace).cloned().unwrap_or_default();
         assert_eq!(kept, tree, "the tree is not that of the records");
         let on_disk = inner.load_trees().unwrap().remove(&namespace).unwrap_or_default();
@@ -232,6 +242,8 @@ pub(crate) enum Event {
     Collect { sibling: bool, quarters: u8 },
     /// Requests are forgotten.
     Forget(Vec<(u8, u8)>),
+    /// One command of a repair of this region from the other; the last one ends it.
+    Repair { sibling: bool, place: prop::sample::Index },
 }
 
 /// Log entries, and what they must do.
@@ -259,6 +271,8 @@ pub(crate) fn events() -> impl Strategy<Value = Vec<Vec<Event>>> {
         1 => (any::<bool>(), 0u8..5)
             .prop_map(|(sibling, quarters)| Event::Collect { sibling, quarters }),
         1 => prop::collection::vec(request, 1..4).prop_map(Event::Forget),
+        2 => (any::<bool>(), any::<prop::sample::Index>())
+            .prop_map(|(sibling, place)| Event::Repair { sibling, place }),
     ];
     prop::collection::vec(prop::collection::vec(event, 0..4), 1..24)
 }
@@ -342,6 +356,12 @@ impl World {
                 let stable = self.local.frontier(namespace).iter().map(part).collect();
                 let keys = (0u8..6).map(|key| Bytes::from(format!("key-{key}"))).collect();
                 Command::Collect(Collect { namespace, stable, keys })
+            }
+            Event::Repair { sibling, place } => {
+                let namespace = namespace(*sibling);
+                let repair = MemoryRepair { namespace, rule: rule(namespace), local: LOCAL };
+                let mut commands = repair.commands(&self.local, &self.remote, 2);
+                commands.swap_remove(place.index(commands.len()))
             }
             Event::Forget(requests) => Command::ForgetRequests(
                 requests.iter().map(|&(client, number)| request_id(client, number)).collect(),

@@ -72,6 +72,8 @@ pub struct Summary {
     pub frontier: VersionVector,
     /// The root of the Merkle tree over it.
     pub root: u64,
+    /// Whether the data is exactly what the frontier says. It is not while a repair is half done.
+    pub is_exact: bool,
 }
 
 /// What [`ShardStore::scrub`] found.
@@ -81,6 +83,8 @@ pub struct Scrubbed {
     pub records: u64,
     /// Leaves in which the tree is not what the records amount to.
     pub differing: Vec<u16>,
+    /// Leaves in which the hash index names other keys than the records have.
+    pub not_indexed: Vec<u16>,
 }
 
 impl Shard {
@@ -135,36 +139,58 @@ impl ShardStore {
         Summary {
             frontier: view.frontiers.get(&namespace).cloned().unwrap_or_default(),
             root: view.trees.get(&namespace).map_or(0, Tree::root),
+            is_exact: view.is_exact(namespace),
         }
     }
 
-    /// Reads all records of a namespace and compares what they amount to with the tree. Reads the
-    /// whole namespace from disk: call it where waiting is allowed. Writes go on meanwhile.
+    /// Reads all records of a namespace and compares what they amount to with the tree and the hash
+    /// index. Reads the whole namespace from disk: call it where waiting is allowed. Writes go on
+    /// meanwhile.
     ///
     /// # Errors
     /// If a record cannot be read, which names the damaged file.
     pub fn scrub(&self, namespace: NamespaceId) -> Result<Scrubbed, StorageError> {
         let shard = &*self.inner;
         let mut keys = Keys::new(shard.id);
-        let start = keys.record(namespace, b"").to_vec();
-        let end = keys.records_end(namespace).to_vec();
-        // No run is applied between looking at the data and at the tree.
-        let (mut pairs, kept) = {
-            let _applying = shard.applying.lock();
-            let mut pairs = shard.iterate(start, end, false);
-            pairs.seek_to_first();
-            (pairs, shard.view.read().trees.get(&namespace).cloned().unwrap_or_default())
+        let mut range = |kind| {
+            let start = keys.in_namespace(kind, namespace, b"").to_vec();
+            (start, keys.namespace_end(kind, namespace).to_vec())
         };
-        let (mut built, mut records) = (Tree::default(), 0);
-        while let Some((key, value)) = pairs.item() {
+        let (records, index) = (range(Kind::Record), range(Kind::Hash));
+        // No run is applied between looking at the data and at the tree.
+        let (mut records, mut index, kept) = {
+            let _applying = shard.applying.lock();
+            let mut records = shard.iterate(records.0, records.1, false);
+            let mut index = shard.iterate(index.0, index.1, false);
+            records.seek_to_first();
+            index.seek_to_first();
+            (records, index, shard.view.read().trees.get(&namespace).cloned().unwrap_or_default())
+        };
+        let mut scrubbed = Scrubbed::default();
+        // Of the keys alone, once as the records have them and once as the index has them.
+        let (mut built, mut of_records, mut of_index) = <(Tree, Tree, Tree)>::default();
+        while let Some((key, value)) = records.item() {
             let key = layout::user_key(key).ok_or_else(|| StorageError::key(shard.id, "record"))?;
             let record = shard.decode_record(value)?;
             built.toggle(merkle::leaf_of(key), merkle::digest(key, &record));
-            records += 1;
-            pairs.next();
+            of_records.toggle(merkle::leaf_of(key), merkle::place_of(key));
+            scrubbed.records += 1;
+            records.next();
         }
-        shard.check(&pairs)?;
-        Ok(Scrubbed { records, differing: built.differing_leaves(&kept) })
+        shard.check(&records)?;
+        while let Some(entry) = index.key() {
+            let key =
+                layout::hashed_key(entry).ok_or_else(|| StorageError::key(shard.id, "hash"))?;
+            if entry != keys.hash(namespace, key) {
+                return Err(StorageError::key(shard.id, "hash"));
+            }
+            of_index.toggle(merkle::leaf_of(key), merkle::place_of(key));
+            index.next();
+        }
+        shard.check(&index)?;
+        scrubbed.differing = built.differing_leaves(&kept);
+        scrubbed.not_indexed = of_records.differing_leaves(&of_index);
+        Ok(scrubbed)
     }
 }
 
@@ -210,7 +236,7 @@ mod tests {
         run_write(&shard, write(2, vec![put("b", "1")]));
         run_write(&shard, write(3, vec![delete("b")]));
         assert_eq!(shard.summary(LWW).root, one);
-        assert_eq!(shard.scrub(LWW).unwrap(), Scrubbed { records: 1, differing: vec![] });
+        assert_eq!(shard.scrub(LWW).unwrap(), Scrubbed { records: 1, ..Scrubbed::default() });
 
         let mut keys = Keys::new(SHARD);
         let mut value = store.engine.db.get(keys.record(LWW, b"a")).unwrap().unwrap();
@@ -222,5 +248,9 @@ mod tests {
             .unwrap();
         let found = shard.scrub(LWW).unwrap();
         assert_eq!(found.differing, vec![merkle::leaf_of(b"a")]);
+        assert!(found.not_indexed.is_empty());
+
+        store.engine.db.delete_opt(keys.hash(LWW, b"a"), &store.engine.write_options).unwrap();
+        assert_eq!(shard.scrub(LWW).unwrap().not_indexed, vec![merkle::leaf_of(b"a")]);
     }
 }

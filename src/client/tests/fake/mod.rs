@@ -650,6 +650,7 @@ impl RegionService for Node {
             node_id: 1,
             frontier: "f".into(),
             root: 0xabc + u64::from(shard),
+            repairing: false,
         };
         let shards = vec![row(0), row(1)];
         Ok(Response::new(v1::SummarizeNamespaceResponse { shards, unreachable: vec![] }))

@@ -1,0 +1,493 @@
+//! The receiving side of a repair: compares, asks, merges through Raft, and moves the frontier.
+//!
+//! A thread of its own reads this side's pinned cut; the task merges what comes back.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tombolo_cluster::Region;
+use tombolo_core::{
+    Dot, VersionVector,
+    command::Merge,
+    ledger::LedgerEntry,
+    merkle::{Tree, digest},
+    namespace::Namespace,
+    repair::{self, Offer, Trust},
+};
+use tombolo_proto::internal::v1::{self as pb, link_service_client::LinkServiceClient};
+use tombolo_shard::{Advanced, Shard, ShardError};
+use tombolo_storage::{ShardStore, StorageError};
+use tonic::{Status, Streaming, codec::CompressionEncoding};
+
+use super::{decode_block, encode_block};
+use crate::{
+    channels::LinkChannels,
+    config::{
+        CONNECT_TIMEOUT, LEAF_PAGE_BYTES, MERGE_BYTES_MAX, MERGE_TIMEOUT, ReplicationConfig,
+        STALL_TIMEOUT,
+    },
+    server::message_bytes_max,
+    status::{LinkKey, LinkStatuses, RepairProgress},
+    wire,
+};
+
+/// What to do about a difference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Take over whatever the source has and this region lacks, and move the frontier.
+    CatchUp,
+    /// Look for damage: what differs although both have applied the same.
+    Check,
+}
+
+/// What a repair found and did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// Both hold the same.
+    Equal,
+    /// The two were not at the same point: what differs may be under way.
+    Moving,
+    /// What was lacking is here.
+    CaughtUp,
+    /// Both had applied the same and held different data; now both sides' data is here.
+    Damage {
+        /// Leaves that differed.
+        leaves: usize,
+    },
+}
+
+/// Why a repair did not end.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RepairError {
+    /// Try again.
+    #[error("{0}")]
+    Broken(String),
+    /// Two writes carry one dot.
+    #[error(
+        "two different writes carry the identity {0}: the counters of its region went back; \
+         restore that region under a new incarnation"
+    )]
+    DotReused(Dot),
+    /// The source knows more writes of this region than it does itself.
+    #[error(
+        "the peer holds a write of this region that this region does not know: its counters went \
+         back; restore it under a new incarnation"
+    )]
+    OwnChangeUnknown,
+}
+
+impl From<ShardError> for RepairError {
+    fn from(error: ShardError) -> Self {
+        Self::Broken(format!("merging failed: {error}"))
+    }
+}
+
+impl From<Status> for RepairError {
+    fn from(status: Status) -> Self {
+        Self::Broken(status.message().to_owned())
+    }
+}
+
+/// One repair of one namespace of a shard.
+pub(crate) struct Repair {
+    pub(crate) shard: Shard,
+    pub(crate) peer: Region,
+    /// Where the peer's leader of the shard is.
+    pub(crate) address: String,
+    pub(crate) namespace: Arc<Namespace>,
+    pub(crate) channels: LinkChannels,
+    pub(crate) statuses: Arc<LinkStatuses>,
+    pub(crate) config: ReplicationConfig,
+}
+
+/// Comparisons before a repair gives up because changes of other regions keep coming.
+const ATTEMPTS_MAX: usize = 8;
+/// Leaves listed and not answered yet, beyond what the connection holds.
+const LISTED_MAX: usize = 4096;
+
+impl Repair {
+    /// Repairs. Dropping it is safe at any moment: what is merged stays merged.
+    pub(crate) async fn run(self, purpose: Purpose) -> Result<Found, RepairError> {
+        let mut damage = None;
+        for _ in 0..ATTEMPTS_MAX {
+            let comparison = self.compare(damage.is_some()).await?;
+            let same_point = comparison.is_at_same_point();
+            let leaves = comparison.leaves.len();
+            match (same_point, damage, purpose) {
+                (true, None, _) if leaves == 0 => return Ok(Found::Equal),
+                (true, None, _) => {
+                    tracing::error!(
+                        shard = %self.shard.id(),
+                        namespace = %self.namespace.name,
+                        peer = %self.peer.name,
+                        leaves,
+                        "two regions have applied the same and hold different data; \
+                         what either holds is kept"
+                    );
+                    self.statuses.count_repair(self.peer.id, |counts| counts.damage += 1);
+                    damage = Some(leaves);
+                }
+                (true, Some(_), _) => {
+                    if comparison.merge(self.session(Trust::Neither, leaves)).await? {
+                        return Ok(Found::Damage { leaves: damage.unwrap_or(leaves) });
+                    }
+                    damage = None;
+                }
+                (false, _, Purpose::Check) => return Ok(Found::Moving),
+                (false, _, Purpose::CatchUp) => {
+                    damage = None;
+                    if comparison.merge(self.session(Trust::Coverage, leaves)).await? {
+                        return Ok(Found::CaughtUp);
+                    }
+                }
+            }
+        }
+        match purpose {
+            Purpose::Check => Ok(Found::Moving),
+            Purpose::CatchUp => Err(RepairError::Broken(
+                "changes of other regions kept coming during the repair".to_owned(),
+            )),
+        }
+    }
+
+    fn session(&self, trust: Trust, leaves: usize) -> Session<'_> {
+        let (offers, ledger) = (Vec::new(), Vec::new());
+        let progress = RepairProgress::new(leaves);
+        Session { repair: self, trust, offers, ledger, bytes: 0, progress }
+    }
+
+    fn key(&self) -> LinkKey {
+        LinkKey { peer: self.peer.id, namespace: self.namespace.id, shard: self.shard.id() }
+    }
+
+    /// Pins this side, asks for the other's cut, and finds what differs.
+    async fn compare(&self, distrust: bool) -> Result<Comparison, RepairError> {
+        let (started, start) = oneshot::channel();
+        let (leaves, to_list) = oneshot::channel();
+        let (requests, receiver) = mpsc::channel(4);
+        let (listed, answers_of) = mpsc::channel(LISTED_MAX);
+        let lister = Lister {
+            store: self.shard.store().clone(),
+            namespace: Arc::clone(&self.namespace),
+            requests: requests.clone(),
+            listed,
+        };
+        tokio::task::spawn_blocking(move || lister.run(started, to_list));
+        let start = start.await.map_err(|_| broken("this side's data cannot be read"))?;
+
+        let open = pb::RepairOpen {
+            identity: Some(wire::link_identity(self.shard.topology(), &self.peer)),
+            shard: u32::from(self.shard.id().0),
+            namespace: self.namespace.id.0,
+            frontier: wire::encode_frontier(&start.frontier),
+            nodes: encode_block(&start.tree.nodes()),
+            distrust,
+        };
+        // The channel is new and has room.
+        let _ = requests
+            .try_send(pb::RepairRequest { body: Some(pb::repair_request::Body::Open(open)) });
+        drop(requests);
+        let channel = self
+            .channels
+            .get(&self.address)
+            .map_err(|error| RepairError::Broken(format!("`{}`: {error}", self.address)))?;
+        let mut client = LinkServiceClient::new(channel)
+            .accept_compressed(CompressionEncoding::Zstd)
+            .send_compressed(CompressionEncoding::Zstd)
+            .max_decoding_message_size(message_bytes_max());
+        let opening = async {
+            let mut stream = client.repair(ReceiverStream::new(receiver)).await?.into_inner();
+            let first = stream.message().await?;
+            Ok::<_, Status>((stream, first))
+        };
+        let opened = tokio::time::timeout(CONNECT_TIMEOUT, opening).await;
+        let (stream, first) = opened.map_err(|_| broken("the peer did not answer in time"))??;
+        let Some(pb::repair_response::Body::Cut(cut)) = first.and_then(|first| first.body) else {
+            return Err(broken("the peer did not begin with its cut"));
+        };
+        let mut differing = Vec::new();
+        for node in cut.nodes {
+            let high = u8::try_from(node.node).ok();
+            let block = decode_block(&node.leaves);
+            let (Some(high), Some(block)) = (high, block) else {
+                return Err(broken("the peer sent a malformed node"));
+            };
+            differing.extend(repair::differing_leaves(&start.tree, high, &block));
+        }
+        Ok(Comparison {
+            since: start.frontier,
+            ahead_here: start.ahead,
+            cut: wire::decode_frontier(cut.frontier)?,
+            ahead: wire::decode_frontier(cut.ahead)?,
+            leaves: differing,
+            to_list: leaves,
+            listed: answers_of,
+            stream,
+        })
+    }
+}
+
+/// This side as it was when a comparison began.
+struct Start {
+    frontier: VersionVector,
+    ahead: VersionVector,
+    tree: Tree,
+}
+
+/// Reads this side's cut on a thread of its own.
+struct Lister {
+    store: ShardStore,
+    namespace: Arc<Namespace>,
+    requests: mpsc::Sender<pb::RepairRequest>,
+    listed: mpsc::Sender<Listed>,
+}
+
+/// A leaf of this side.
+struct Listed {
+    leaf: u16,
+    keys: Vec<(Bytes, u64)>,
+}
+
+impl Lister {
+    fn run(self, started: oneshot::Sender<Start>, to_list: oneshot::Receiver<Vec<u16>>) {
+        let cut = self.store.cut(self.namespace.id);
+        let start = Start {
+            frontier: cut.frontier().clone(),
+            ahead: cut.ahead().clone(),
+            tree: cut.tree().clone(),
+        };
+        if started.send(start).is_err() {
+            return;
+        }
+        // Nothing to list: the repair ended with the comparison.
+        let Ok(leaves) = to_list.blocking_recv() else { return };
+        let mut page = pb::RepairLeaves::default();
+        let mut bytes = 0;
+        for leaf in leaves {
+            let keys = match self.list(&cut, leaf) {
+                Ok(keys) => keys,
+                Err(error) => {
+                    // The stream ends without what the peer waits for, and the repair with it.
+                    tracing::error!(
+                        shard = %self.store.id(), %error, "repair cannot read this side's data"
+                    );
+                    return;
+                }
+            };
+            let digests: Vec<u8> =
+                keys.iter().flat_map(|(_, digest)| digest.to_le_bytes()).collect();
+            bytes += digests.len() + 8;
+            page.leaves.push(pb::RepairLeaf { leaf: u32::from(leaf), digests: digests.into() });
+            if self.listed.blocking_send(Listed { leaf, keys }).is_err() {
+                return;
+            }
+            if bytes >= LEAF_PAGE_BYTES || page.leaves.len() >= LISTED_MAX / 4 {
+                bytes = 0;
+                if !self.send(std::mem::take(&mut page)) {
+                    return;
+                }
+            }
+        }
+        if !page.leaves.is_empty() {
+            self.send(page);
+        }
+    }
+
+    fn list(
+        &self,
+        cut: &tombolo_storage::Cut<'_>,
+        leaf: u16,
+    ) -> Result<Vec<(Bytes, u64)>, StorageError> {
+        let held = cut.leaf(leaf)?.into_iter();
+        Ok(held.map(|(key, record)| (key.clone(), digest(&key, &record))).collect())
+    }
+
+    fn send(&self, page: pb::RepairLeaves) -> bool {
+        let body = Some(pb::repair_request::Body::Leaves(page));
+        self.requests.blocking_send(pb::RepairRequest { body }).is_ok()
+    }
+}
+
+/// Both sides, as of one moment each.
+struct Comparison {
+    /// What this side had applied.
+    since: VersionVector,
+    ahead_here: VersionVector,
+    /// What the other side had applied.
+    cut: VersionVector,
+    ahead: VersionVector,
+    /// Where the trees differ.
+    leaves: Vec<u16>,
+    to_list: oneshot::Sender<Vec<u16>>,
+    listed: mpsc::Receiver<Listed>,
+    stream: Streaming<pb::RepairResponse>,
+}
+
+impl Comparison {
+    /// Whether both sides had applied the same, and no repair was half done in either.
+    fn is_at_same_point(&self) -> bool {
+        let is_exact = self.since.covers_all(&self.ahead_here) && self.cut.covers_all(&self.ahead);
+        is_exact && self.since == self.cut
+    }
+
+    /// Takes over what differs. Answers whether all of it is here: if not, changes came in between
+    /// that make the comparison void.
+    async fn merge(mut self, mut session: Session<'_>) -> Result<bool, RepairError> {
+        let leaves = std::mem::take(&mut self.leaves);
+        // If the lister is gone, so is the stream that waits for it.
+        let to_list = std::mem::replace(&mut self.to_list, oneshot::channel().0);
+        let _ = to_list.send(leaves);
+        session.show();
+        let mut offered = Vec::new();
+        loop {
+            let message = tokio::time::timeout(STALL_TIMEOUT, self.stream.message()).await;
+            let message = message.map_err(|_| broken("the peer was silent for too long"))??;
+            match message.and_then(|message| message.body) {
+                Some(pb::repair_response::Body::Answer(answer)) => {
+                    for encoded in answer.offers {
+                        offered.push(session.offer(encoded)?);
+                    }
+                    if !answer.more {
+                        let listed = self.listed.recv().await;
+                        let listed = listed
+                            .filter(|listed| u32::from(listed.leaf) == answer.leaf)
+                            .ok_or_else(|| broken("the peer answered a leaf out of turn"))?;
+                        if session.trust == Trust::Coverage {
+                            let unknown = &answer.unknown;
+                            let absent = repair::absent_offers(&listed.keys, &offered, unknown);
+                            session.bytes += absent.iter().map(|it| it.key.len()).sum::<usize>();
+                            session.offers.extend(absent);
+                        }
+                        offered.clear();
+                        session.progress.leaves_done += 1;
+                    }
+                }
+                Some(pb::repair_response::Body::Rest(rest)) => {
+                    for encoded in rest.offers {
+                        session.offer(encoded)?;
+                    }
+                    for encoded in rest.ledger {
+                        session.entry(encoded)?;
+                    }
+                }
+                Some(pb::repair_response::Body::End(_)) => break,
+                Some(pb::repair_response::Body::Cut(_)) => {
+                    return Err(broken("the peer began a second time"));
+                }
+                None => return Err(broken("the peer ended the repair")),
+            }
+            if session.bytes >= MERGE_BYTES_MAX && !session.flush(&self).await? {
+                return Ok(false);
+            }
+        }
+        if session.progress.leaves_done < session.progress.leaves_total {
+            return Err(broken("the peer ended before all leaves were answered"));
+        }
+        Ok(session.flush(&self).await? && session.finish(&self).await?)
+    }
+}
+
+/// What has come and is not merged yet, and how far it is.
+struct Session<'a> {
+    repair: &'a Repair,
+    trust: Trust,
+    offers: Vec<Offer>,
+    ledger: Vec<LedgerEntry>,
+    bytes: usize,
+    progress: RepairProgress,
+}
+
+impl Session<'_> {
+    fn offer(&mut self, encoded: Bytes) -> Result<Bytes, RepairError> {
+        self.count(encoded.len());
+        let offer = Offer::from_bytes(encoded)
+            .map_err(|error| RepairError::Broken(format!("a damaged offer arrived: {error}")))?;
+        let key = offer.key.clone();
+        self.offers.push(offer);
+        Ok(key)
+    }
+
+    fn entry(&mut self, encoded: Bytes) -> Result<(), RepairError> {
+        self.count(encoded.len());
+        let entry = LedgerEntry::from_bytes(encoded)
+            .map_err(|error| RepairError::Broken(format!("a damaged entry arrived: {error}")))?;
+        self.ledger.push(entry);
+        Ok(())
+    }
+
+    fn count(&mut self, bytes: usize) {
+        self.bytes += bytes;
+        self.progress.received_bytes += bytes as u64;
+        let Repair { statuses, peer, .. } = self.repair;
+        statuses.count_repair(peer.id, |counts| counts.received_bytes += bytes as u64);
+    }
+
+    /// Merges what has come, then rests as long as that took, and as the byte budget says.
+    /// Answers `false` if what was compared has changed since.
+    async fn flush(&mut self, comparison: &Comparison) -> Result<bool, RepairError> {
+        let Repair { shard, namespace, config, .. } = self.repair;
+        // Between regions that hold the same there may be nothing.
+        if self.offers.is_empty() && self.ledger.is_empty() {
+            return Ok(true);
+        }
+        let began = Instant::now();
+        let merge = Merge {
+            namespace: namespace.id,
+            rule: namespace.rule,
+            cut: comparison.cut.clone(),
+            ahead: comparison.ahead.clone(),
+            trust: self.trust,
+            offers: std::mem::take(&mut self.offers),
+            ledger: std::mem::take(&mut self.ledger),
+        };
+        let bytes = std::mem::take(&mut self.bytes);
+        let Some(merged) = shard.merge(merge, began + MERGE_TIMEOUT).await? else {
+            return Ok(false);
+        };
+        if let Some(dot) = merged.reused {
+            return Err(RepairError::DotReused(dot));
+        }
+        self.progress.records += merged.changed;
+        let Repair { statuses, peer, .. } = self.repair;
+        statuses.count_repair(peer.id, |counts| counts.records += merged.changed);
+        self.show();
+        let took = began.elapsed();
+        let budget = Duration::from_secs(1).mul_f64(
+            #[expect(clippy::cast_precision_loss, reason = "a pause needs no exact figure")]
+            {
+                bytes as f64 / config.repair_bytes_per_second.max(1) as f64
+            },
+        );
+        tokio::time::sleep(took.max(budget.saturating_sub(took))).await;
+        Ok(true)
+    }
+
+    /// Moves the frontier to the cut.
+    async fn finish(&self, comparison: &Comparison) -> Result<bool, RepairError> {
+        if self.trust == Trust::Neither {
+            return Ok(true);
+        }
+        let Repair { shard, namespace, .. } = self.repair;
+        let (since, cut) = (comparison.since.clone(), comparison.cut.clone());
+        let (ahead, deadline) = (comparison.ahead.clone(), Instant::now() + MERGE_TIMEOUT);
+        match shard.advance(namespace.id, since, cut, ahead, deadline).await? {
+            Advanced::Done => Ok(true),
+            Advanced::Moved => Ok(false),
+            Advanced::OwnChangeUnknown => Err(RepairError::OwnChangeUnknown),
+        }
+    }
+
+    fn show(&self) {
+        let progress = self.progress.clone();
+        self.repair.statuses.update(self.repair.key(), |status| status.repair = Some(progress));
+    }
+}
+
+fn broken(reason: &str) -> RepairError {
+    RepairError::Broken(reason.to_owned())
+}

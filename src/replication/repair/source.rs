@@ -1,0 +1,230 @@
+//! The sending side of a repair: reads a pinned cut on a thread of its own, answers what the
+//! receiver lacks.
+//!
+//! Takes as long as the receiver wants it to: nothing is read ahead of what it takes. A receiver
+//! that takes nothing for [`STALL_TIMEOUT`] loses the cut.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use tokio::{runtime::Handle, sync::mpsc};
+use tokio_util::sync::CancellationToken;
+use tombolo_core::{
+    NamespaceId, Record, VersionVector,
+    merkle::{Block, FAN_OUT},
+    repair::{self, Offer},
+};
+use tombolo_proto::internal::v1 as pb;
+use tombolo_shard::Shard;
+use tombolo_storage::{Cut, StorageError};
+use tonic::{Status, Streaming};
+
+use super::{decode_block, decode_digests, encode_block};
+use crate::{
+    config::{MERGE_BYTES_MAX, STALL_TIMEOUT},
+    wire,
+};
+
+pub(crate) type Replies = mpsc::Sender<Result<pb::RepairResponse, Status>>;
+
+/// Serves one repair until it is done, the receiver goes away, or `shutdown` fires.
+pub(crate) async fn serve(
+    shard: Shard,
+    open: pb::RepairOpen,
+    mut requests: Streaming<pb::RepairRequest>,
+    replies: Replies,
+    shutdown: CancellationToken,
+) {
+    let (leaves, asked) = mpsc::channel(4);
+    let failed = replies.clone();
+    let serving = tokio::task::spawn_blocking(move || {
+        let served = Session::new(&shard, open, replies).and_then(|session| session.run(asked));
+        if let Err(status) = served {
+            let _ = failed.try_send(Err(status));
+        }
+    });
+    // Ends with the receiver's stream; what is missing then, the thread sees by the kind of end.
+    while let Some(Some(request)) = shutdown.run_until_cancelled(requests.next()).await {
+        if leaves.send(request.map_err(|status| status.message().to_owned())).await.is_err() {
+            break;
+        }
+    }
+    if shutdown.is_cancelled() {
+        let _ = leaves.try_send(Err("the node is stopping".to_owned()));
+    }
+    drop(leaves);
+    if let Err(panic) = serving.await
+        && panic.is_panic()
+    {
+        std::panic::resume_unwind(panic.into_panic());
+    }
+}
+
+/// One repair.
+struct Session<'a> {
+    cut: Cut<'a>,
+    /// What the receiver has applied; values that it covers are not sent.
+    known: VersionVector,
+    nodes: Box<Block>,
+    /// Send every value, whatever the receiver has applied.
+    distrust: bool,
+    replies: Replies,
+}
+
+type Asked = mpsc::Receiver<Result<pb::RepairRequest, String>>;
+
+impl<'a> Session<'a> {
+    fn new(shard: &'a Shard, open: pb::RepairOpen, replies: Replies) -> Result<Self, Status> {
+        let nodes = decode_block(&open.nodes).ok_or_else(|| malformed("256 nodes"))?;
+        Ok(Self {
+            cut: shard.store().cut(NamespaceId(open.namespace)),
+            known: wire::decode_frontier(open.frontier)?,
+            nodes: Box::new(nodes),
+            distrust: open.distrust,
+            replies,
+        })
+    }
+
+    fn run(self, mut asked: Asked) -> Result<(), Status> {
+        self.send_cut()?;
+        while let Some(request) = asked.blocking_recv() {
+            let request = request.map_err(Status::unavailable)?;
+            let Some(pb::repair_request::Body::Leaves(page)) = request.body else {
+                return Err(malformed("leaves"));
+            };
+            for leaf in page.leaves {
+                self.answer(leaf)?;
+            }
+        }
+        self.send_rest()?;
+        self.send(pb::repair_response::Body::End(pb::RepairEnd {}))
+    }
+
+    fn send_cut(&self) -> Result<(), Status> {
+        let tree = self.cut.tree();
+        let differing = repair::differing_nodes(&self.nodes, &tree.nodes());
+        let node = |high: u8| pb::RepairNode {
+            node: u32::from(high),
+            leaves: encode_block(tree.block(high).unwrap_or(&[0; FAN_OUT])),
+        };
+        self.send(pb::repair_response::Body::Cut(pb::RepairCut {
+            frontier: wire::encode_frontier(self.cut.frontier()),
+            ahead: wire::encode_frontier(self.cut.ahead()),
+            nodes: differing.into_iter().map(node).collect(),
+        }))
+    }
+
+    fn answer(&self, asked: pb::RepairLeaf) -> Result<(), Status> {
+        let leaf = u16::try_from(asked.leaf).map_err(|_| malformed("a leaf below 65536"))?;
+        let digests = decode_digests(&asked.digests).ok_or_else(|| malformed("digests"))?;
+        let held = self.cut.leaf(leaf).map_err(|error| unreadable(&error))?;
+        let nothing = VersionVector::new();
+        let known = if self.distrust { &nothing } else { &self.known };
+        let answer = repair::answer_leaf(&held, digests, known);
+        let mut page = Page::default();
+        for offer in &answer.offers {
+            if let Some(offers) = page.add(offer.to_bytes()) {
+                let more =
+                    pb::RepairAnswer { leaf: asked.leaf, offers, unknown: Vec::new(), more: true };
+                self.send(pb::repair_response::Body::Answer(more))?;
+            }
+        }
+        let (offers, unknown) = (page.offers, answer.unknown);
+        let last = pb::RepairAnswer { leaf: asked.leaf, offers, unknown, more: false };
+        self.send(pb::repair_response::Body::Answer(last))
+    }
+
+    /// Sends what trees do not show.
+    fn send_rest(&self) -> Result<(), Status> {
+        let (cut, known) = (&self.cut, &self.known);
+        self.send_offers(|take| {
+            cut.tombstones(|key, record| {
+                !repair::lacks_tombstone(known, &record) || take(Offer::new(key, &record, known))
+            })
+        })?;
+        if !cut.frontier().covers_all(cut.ahead()) {
+            self.send_offers(|take| {
+                cut.records(|key, record: Record| {
+                    let is_ahead = repair::is_ahead(cut.frontier(), &record);
+                    !is_ahead || take(Offer::new(key, &record, known))
+                })
+            })?;
+        }
+        let (mut page, mut sent) = (Page::default(), Ok(()));
+        let read = cut.ledger(|entry| {
+            if repair::lacks_entry(known, &entry)
+                && let Some(ledger) = page.add(entry.to_bytes())
+            {
+                sent = self.send_entries(ledger);
+            }
+            sent.is_ok()
+        });
+        read.map_err(|error| unreadable(&error))?;
+        sent?;
+        if page.offers.is_empty() { Ok(()) } else { self.send_entries(page.offers) }
+    }
+
+    fn send_offers(
+        &self,
+        read: impl FnOnce(&mut dyn FnMut(Offer) -> bool) -> Result<(), StorageError>,
+    ) -> Result<(), Status> {
+        let (mut page, mut sent) = (Page::default(), Ok(()));
+        let mut take = |offer: Offer| {
+            if let Some(offers) = page.add(offer.to_bytes()) {
+                sent = self.send_untold(offers);
+            }
+            sent.is_ok()
+        };
+        read(&mut take).map_err(|error| unreadable(&error))?;
+        sent?;
+        if page.offers.is_empty() { Ok(()) } else { self.send_untold(page.offers) }
+    }
+
+    fn send_untold(&self, offers: Vec<Bytes>) -> Result<(), Status> {
+        let rest = pb::RepairRest { offers, ledger: Vec::new() };
+        self.send(pb::repair_response::Body::Rest(rest))
+    }
+
+    fn send_entries(&self, ledger: Vec<Bytes>) -> Result<(), Status> {
+        let rest = pb::RepairRest { offers: Vec::new(), ledger };
+        self.send(pb::repair_response::Body::Rest(rest))
+    }
+
+    fn send(&self, body: pb::repair_response::Body) -> Result<(), Status> {
+        let reply = Ok(pb::RepairResponse { body: Some(body) });
+        let sent = async { tokio::time::timeout(STALL_TIMEOUT, self.replies.send(reply)).await };
+        match Handle::current().block_on(sent) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(Status::cancelled("the caller went away")),
+            Err(_) => Err(Status::deadline_exceeded(format!(
+                "the caller took nothing for {:?}",
+                Duration::as_secs(&STALL_TIMEOUT)
+            ))),
+        }
+    }
+}
+
+/// Encoded things that go in one message.
+#[derive(Default)]
+struct Page {
+    offers: Vec<Bytes>,
+    bytes: usize,
+}
+
+impl Page {
+    /// Adds one, and answers the page if it is full with it.
+    fn add(&mut self, encoded: Bytes) -> Option<Vec<Bytes>> {
+        self.bytes += encoded.len();
+        self.offers.push(encoded);
+        (self.bytes >= MERGE_BYTES_MAX).then(|| std::mem::take(self).offers)
+    }
+}
+
+fn malformed(expected: &str) -> Status {
+    Status::invalid_argument(format!("a repair request is malformed: expected {expected}"))
+}
+
+fn unreadable(error: &StorageError) -> Status {
+    Status::internal(format!("the data to repair from: {error}"))
+}
