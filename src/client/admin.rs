@@ -109,6 +109,52 @@ impl Admin {
         ask!(self, Safety::Read, RegionServiceClient, list_tombstones, request)
     }
 
+    /// Asks the region to take over, now, whatever `peer_region` has and it lacks; `None` for all
+    /// namespaces. Progress is in the links.
+    ///
+    /// # Errors
+    /// As any write; repeating is harmless.
+    pub async fn start_repair(
+        &self,
+        peer_region: impl Into<String>,
+        namespace: Option<&str>,
+    ) -> Result<v1::StartRepairResponse> {
+        let namespace = namespace.unwrap_or_default().to_owned();
+        let request = v1::StartRepairRequest { peer_region: peer_region.into(), namespace };
+        ask!(self, Safety::Read, RegionServiceClient, start_repair, request)
+    }
+
+    /// The keys of a namespace that the region and `peer_region` hold differently, at most `limit`
+    /// in each shard.
+    ///
+    /// # Errors
+    /// As any read.
+    pub async fn list_differences(
+        &self,
+        peer_region: impl Into<String>,
+        namespace: impl Into<String>,
+        limit: u32,
+    ) -> Result<v1::ListDifferencesResponse> {
+        let (peer_region, namespace) = (peer_region.into(), namespace.into());
+        let request = v1::ListDifferencesRequest { peer_region, namespace, limit };
+        ask!(self, Safety::Read, RegionServiceClient, list_differences, request)
+    }
+
+    /// The writes that exist only in this region; `None` for all namespaces. Lists at most `limit`
+    /// in each shard and counts all.
+    ///
+    /// # Errors
+    /// As any read.
+    pub async fn list_at_risk(
+        &self,
+        namespace: Option<&str>,
+        limit: u32,
+    ) -> Result<v1::ListAtRiskResponse> {
+        let namespace = namespace.unwrap_or_default().to_owned();
+        let request = v1::ListAtRiskRequest { namespace, limit };
+        ask!(self, Safety::Read, RegionServiceClient, list_at_risk, request)
+    }
+
     /// The Merkle root of each shard of a namespace, with what is applied there.
     ///
     /// # Errors

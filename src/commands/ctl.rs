@@ -6,6 +6,7 @@ use crate::connection::Connection;
 use crate::exit::{Exit, Failure};
 use crate::io::Io;
 use crate::output::{Format, json, json_list, show_seconds, table};
+use crate::repair::{AtRisk, Repair, at_risk, repair, show_progress};
 use crate::status::Status;
 use crate::verify::{Verify, verify};
 use clap::Subcommand;
@@ -23,6 +24,8 @@ pub struct Ctl {
 #[derive(Clone, Debug, Subcommand)]
 pub enum CtlCommand {
     Verify(Verify),
+    Repair(Repair),
+    AtRisk(AtRisk),
     /// Deletions that are kept until every region has them, and which region they wait for
     Tombstones {
         /// Only of this namespace
@@ -124,6 +127,8 @@ impl Ctl {
             | CtlCommand::Link(LinkCommand::List { connection, .. })
             | CtlCommand::Tombstones { connection, .. }
             | CtlCommand::Verify(Verify { connection, .. })
+            | CtlCommand::Repair(Repair { connection, .. })
+            | CtlCommand::AtRisk(AtRisk { connection, .. })
             | CtlCommand::Namespace(
                 NamespaceCommand::Create { connection, .. }
                 | NamespaceCommand::List { connection }
@@ -149,6 +154,8 @@ pub(crate) async fn ctl(args: &Ctl, io: &mut Io) -> Result<Exit, Failure> {
             warn_unreachable(&reply.unreachable, io)
         }
         CtlCommand::Verify(args) => verify(args, io).await,
+        CtlCommand::Repair(args) => repair(args, io).await,
+        CtlCommand::AtRisk(args) => at_risk(args, io).await,
         CtlCommand::Tombstones { only, connection } => {
             let (client, _) = connection.connect(io, None).await?;
             let reply = client.admin().list_tombstones(only.as_deref()).await?;
@@ -335,6 +342,12 @@ pub(crate) struct LinkJson {
     last_error: String,
     received_events: String,
     received_bytes: String,
+    unacknowledged_bytes: String,
+    /// While repairing: from 0 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repair_share: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repair_seconds_left: Option<f64>,
 }
 
 impl From<&v1::Link> for LinkJson {
@@ -351,6 +364,9 @@ impl From<&v1::Link> for LinkJson {
             last_error: it.last_error.clone(),
             received_events: it.received_events.to_string(),
             received_bytes: it.received_bytes.to_string(),
+            unacknowledged_bytes: it.unacknowledged_bytes.to_string(),
+            repair_share: it.repair.as_ref().map(|repair| repair.share),
+            repair_seconds_left: it.repair.as_ref().map(|repair| repair.seconds_left),
         }
     }
 }
@@ -416,6 +432,7 @@ fn print_links(links: &[v1::Link], format: Format, out: &mut dyn Write) -> std::
                     it.lag_events.to_string(),
                     show_seconds(it.lag_seconds),
                     it.unacknowledged_events.to_string(),
+                    show_progress(it),
                     it.last_error.clone(),
                 ]
             };
@@ -428,6 +445,7 @@ fn print_links(links: &[v1::Link], format: Format, out: &mut dyn Write) -> std::
                 "BEHIND",
                 "LAG",
                 "UNACKED",
+                "REPAIR",
                 "ERROR",
             ];
             table(out, header, links.iter().map(row))

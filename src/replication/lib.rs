@@ -31,6 +31,7 @@ mod wire;
 pub use channels::LinkChannels;
 pub use config::ReplicationConfig;
 pub use links::Links;
+pub use repair::comparer::{CompareError, Comparer, Differences, KeyDifference};
 pub use server::{CatalogChange, CatalogChanges, LinkServer};
 pub use status::{
     LinkKey, LinkPhase, LinkStatus, LinkStatuses, RepairCounts, RepairProgress, Traffic,

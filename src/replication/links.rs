@@ -11,7 +11,7 @@ use crate::{
     config::{REPAIRS_MAX, ReplicationConfig},
     puller::Puller,
     relay::Paths,
-    repair::Gate,
+    repair::{Gate, comparer::Comparer},
     status::LinkStatuses,
 };
 
@@ -41,6 +41,15 @@ impl Links {
     /// Connections that other calls to the same regions may share.
     pub fn channels(&self) -> LinkChannels {
         self.channels.clone()
+    }
+
+    /// What lists differences between regions.
+    pub fn comparer(&self) -> Comparer {
+        Comparer {
+            channels: self.channels(),
+            statuses: self.statuses(),
+            config: self.config.clone(),
+        }
     }
 
     /// Pulls for every shard that this node leads, until `shutdown` fires.

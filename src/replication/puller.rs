@@ -250,7 +250,7 @@ struct Stream<'a> {
     /// The batch on its way through Raft.
     ingest: Option<BoxFuture<'static, (NamespaceId, Result<Ingested, ShardError>)>>,
     /// The repair under way. Dropping it is safe.
-    repair: Option<BoxFuture<'static, (NamespaceId, Purpose, Result<Found, RepairError>)>>,
+    repair: Option<BoxFuture<'static, Repaired>>,
     /// When all namespaces are compared next.
     check_at: Instant,
     /// The regions whose changes the peer sends besides its own.
@@ -261,6 +261,9 @@ struct Stream<'a> {
     moved: Instant,
     progress: &'a mut Progress,
 }
+
+/// What became of a repair.
+type Repaired = (NamespaceId, Purpose, Result<Found, RepairError>);
 
 /// How far a stream came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -588,7 +591,7 @@ impl Stream<'_> {
                         namespace = %lane.namespace.name,
                         ?found,
                         records = progress.as_ref().map_or(0, |it| it.records),
-                        received_bytes = progress.as_ref().map_or(0, |it| it.received_bytes),
+                        exchanged_bytes = progress.as_ref().map_or(0, |it| it.exchanged_bytes),
                         seconds = progress.map_or(0.0, |it| it.began.elapsed().as_secs_f64()),
                         "repaired"
                     );

@@ -11,7 +11,6 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tombolo_core::{HybridTime, NamespaceId, RegionId, ShardId};
-use tombolo_storage::StorageError;
 
 use crate::{error::ShardError, shard::Shard, shards::Shards};
 
@@ -182,9 +181,12 @@ impl Collector {
 }
 
 /// Reads the store on a thread that may wait for the disk.
-pub(crate) async fn blocking<T: Send + 'static>(
-    read: impl FnOnce() -> Result<T, StorageError> + Send + 'static,
-) -> Result<T, StorageError> {
+///
+/// # Errors
+/// What `read` answers.
+pub async fn blocking<T: Send + 'static, E: Send + 'static>(
+    read: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, E> {
     match tokio::task::spawn_blocking(read).await {
         Ok(found) => found,
         Err(panic) => std::panic::resume_unwind(panic.into_panic()),
