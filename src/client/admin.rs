@@ -109,6 +109,37 @@ impl Admin {
         ask!(self, Safety::Read, RegionServiceClient, list_tombstones, request)
     }
 
+    /// Stops pulling from `peer_region` until it is resumed, also over restarts.
+    ///
+    /// # Errors
+    /// As any write; repeating is harmless.
+    pub async fn pause_link(&self, peer_region: impl Into<String>) -> Result<()> {
+        let request = v1::PauseLinkRequest { peer_region: peer_region.into() };
+        ask!(self, Safety::Read, RegionServiceClient, pause_link, request).map(drop)
+    }
+
+    /// Pulls from `peer_region` again.
+    ///
+    /// # Errors
+    /// As any write; repeating is harmless.
+    pub async fn resume_link(&self, peer_region: impl Into<String>) -> Result<()> {
+        let request = v1::ResumeLinkRequest { peer_region: peer_region.into() };
+        ask!(self, Safety::Read, RegionServiceClient, resume_link, request).map(drop)
+    }
+
+    /// Bounds what each node of the region takes from `peer_region`; 0 for no limit.
+    ///
+    /// # Errors
+    /// As any write; repeating is harmless.
+    pub async fn limit_link(
+        &self,
+        peer_region: impl Into<String>,
+        bytes_per_second: u64,
+    ) -> Result<()> {
+        let request = v1::LimitLinkRequest { peer_region: peer_region.into(), bytes_per_second };
+        ask!(self, Safety::Read, RegionServiceClient, limit_link, request).map(drop)
+    }
+
     /// Asks the region to take over, now, whatever `peer_region` has and it lacks; `None` for all
     /// namespaces. Progress is in the links.
     ///

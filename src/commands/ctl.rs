@@ -75,6 +75,30 @@ pub enum LinkCommand {
         #[command(flatten)]
         connection: Connection,
     },
+    /// Stops pulling from a region until it is resumed, also over restarts
+    Pause {
+        #[arg(value_name = "REGION")]
+        peer: String,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Pulls from a region again
+    Resume {
+        #[arg(value_name = "REGION")]
+        peer: String,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Bounds what each node takes from a region
+    Limit {
+        #[arg(value_name = "REGION")]
+        peer: String,
+        /// 0 for no limit
+        #[arg(value_name = "BYTES_PER_SECOND")]
+        bytes_per_second: u64,
+        #[command(flatten)]
+        connection: Connection,
+    },
 }
 
 #[derive(Clone, Debug, Subcommand)]
@@ -124,7 +148,12 @@ impl Ctl {
         match &self.command {
             CtlCommand::Status { connection, .. }
             | CtlCommand::Region(RegionCommand::List { connection })
-            | CtlCommand::Link(LinkCommand::List { connection, .. })
+            | CtlCommand::Link(
+                LinkCommand::List { connection, .. }
+                | LinkCommand::Pause { connection, .. }
+                | LinkCommand::Resume { connection, .. }
+                | LinkCommand::Limit { connection, .. },
+            )
             | CtlCommand::Tombstones { connection, .. }
             | CtlCommand::Verify(Verify { connection, .. })
             | CtlCommand::Repair(Repair { connection, .. })
@@ -167,6 +196,21 @@ pub(crate) async fn ctl(args: &Ctl, io: &mut Io) -> Result<Exit, Failure> {
             let reply = client.admin().list_links(peer.as_deref()).await?;
             print_links(&reply.links, connection.format(io), &mut io.out)?;
             warn_unreachable(&reply.unreachable, io)
+        }
+        CtlCommand::Link(LinkCommand::Pause { peer, connection }) => {
+            let (client, _) = connection.connect(io, None).await?;
+            client.admin().pause_link(peer).await?;
+            Ok(Exit::Ok)
+        }
+        CtlCommand::Link(LinkCommand::Resume { peer, connection }) => {
+            let (client, _) = connection.connect(io, None).await?;
+            client.admin().resume_link(peer).await?;
+            Ok(Exit::Ok)
+        }
+        CtlCommand::Link(LinkCommand::Limit { peer, bytes_per_second, connection }) => {
+            let (client, _) = connection.connect(io, None).await?;
+            client.admin().limit_link(peer, *bytes_per_second).await?;
+            Ok(Exit::Ok)
         }
         CtlCommand::Namespace(command) => namespace(command, io).await,
     }

@@ -20,6 +20,7 @@ mod channels;
 mod config;
 mod feed;
 mod links;
+mod pace;
 mod pending;
 mod puller;
 mod relay;

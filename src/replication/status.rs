@@ -31,6 +31,8 @@ pub enum LinkPhase {
     /// The peer's change log no longer reaches back to what this region has: taking over what
     /// differs, or waiting for the turn to.
     Repairing,
+    /// An operator has paused the link.
+    Paused,
     /// Waiting before the next attempt, or refused.
     Blocked,
 }

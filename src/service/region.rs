@@ -7,22 +7,25 @@ use std::{sync::Arc, time::Duration};
 
 use futures::future::join_all;
 use tokio::time::Instant;
-use tombolo_core::NamespaceId;
+use tombolo_core::{NamespaceId, command::LinkSetting};
 use tombolo_proto::v1::{
     self as pb,
     region_service_client::RegionServiceClient,
     region_service_server::{RegionService, RegionServiceServer},
 };
 use tombolo_replication::{Comparer, LinkKey, LinkPhase, LinkStatus, LinkStatuses};
-use tonic::{Request, Response, Status, metadata::MetadataValue, transport::Channel};
+use tonic::{
+    Request, Response, Status,
+    metadata::{MetadataMap, MetadataValue},
+    transport::Channel,
+};
 
 use crate::{
     anti_entropy::rows,
     forward::{THIS_NODE_ONLY, is_set},
-    gateway::Gateway,
+    gateway::{Call, Gateway, request as forwarded},
     lag::lag_of,
     reason::Reason,
-    status::not_implemented,
 };
 
 /// Serves regions and links.
@@ -122,6 +125,28 @@ impl RegionApi {
         Ok((found, unreachable))
     }
 
+    /// Changes how this region pulls from a peer, here or at the leader of the catalog's shard.
+    async fn change_link<F>(
+        &self,
+        peer: &str,
+        call: Call,
+        change: impl Fn(LinkSetting) -> LinkSetting,
+        remote: impl FnMut(Channel, MetadataMap) -> F,
+    ) -> Result<(), Status>
+    where
+        F: Future<Output = Result<(), Status>>,
+    {
+        let peer = self.peer(peer)?;
+        let shard = self.gateway.shards().catalog_shard();
+        let (deadline, change) = (call.deadline, &change);
+        let local = || async move {
+            let setting = shard.store().links().get(&peer).copied().unwrap_or_default();
+            let set = shard.set_link(peer, change(setting), deadline).await;
+            set.map_err(|error| self.gateway.status(error))
+        };
+        self.gateway.on_leader(shard, call, local, remote).await
+    }
+
     /// Asks all other nodes of the region; names those that do not answer in time.
     async fn ask_others<T, F>(
         &self,
@@ -205,6 +230,7 @@ fn phase(phase: LinkPhase) -> pb::LinkPhase {
         LinkPhase::Connecting => pb::LinkPhase::Connecting,
         LinkPhase::Streaming => pb::LinkPhase::Streaming,
         LinkPhase::Repairing => pb::LinkPhase::Repairing,
+        LinkPhase::Paused => pb::LinkPhase::Paused,
         LinkPhase::Blocked => pb::LinkPhase::Blocked,
     }
 }
@@ -295,16 +321,48 @@ impl RegionService for RegionApi {
 
     async fn pause_link(
         &self,
-        _: Request<pb::PauseLinkRequest>,
+        request: Request<pb::PauseLinkRequest>,
     ) -> Result<Response<pb::PauseLinkResponse>, Status> {
-        Err(not_implemented("PauseLink"))
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        let ask = |channel, metadata| {
+            let asked = forwarded(message.clone(), metadata);
+            async move { RegionServiceClient::new(channel).pause_link(asked).await.map(drop) }
+        };
+        let pause = |setting: LinkSetting| LinkSetting { paused: true, ..setting };
+        self.change_link(&message.peer_region, call, pause, ask).await?;
+        Ok(Response::new(pb::PauseLinkResponse {}))
     }
 
     async fn resume_link(
         &self,
-        _: Request<pb::ResumeLinkRequest>,
+        request: Request<pb::ResumeLinkRequest>,
     ) -> Result<Response<pb::ResumeLinkResponse>, Status> {
-        Err(not_implemented("ResumeLink"))
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        let ask = |channel, metadata| {
+            let asked = forwarded(message.clone(), metadata);
+            async move { RegionServiceClient::new(channel).resume_link(asked).await.map(drop) }
+        };
+        let resume = |setting: LinkSetting| LinkSetting { paused: false, ..setting };
+        self.change_link(&message.peer_region, call, resume, ask).await?;
+        Ok(Response::new(pb::ResumeLinkResponse {}))
+    }
+
+    async fn limit_link(
+        &self,
+        request: Request<pb::LimitLinkRequest>,
+    ) -> Result<Response<pb::LimitLinkResponse>, Status> {
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        let ask = |channel, metadata| {
+            let asked = forwarded(message.clone(), metadata);
+            async move { RegionServiceClient::new(channel).limit_link(asked).await.map(drop) }
+        };
+        let bytes_per_second = message.bytes_per_second;
+        let limit = |setting: LinkSetting| LinkSetting { bytes_per_second, ..setting };
+        self.change_link(&message.peer_region, call, limit, ask).await?;
+        Ok(Response::new(pb::LimitLinkResponse {}))
     }
 
     async fn start_repair(

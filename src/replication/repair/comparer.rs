@@ -73,6 +73,7 @@ impl Comparer {
                 namespace: Arc::clone(namespace),
                 channels: self.channels.clone(),
                 statuses: Arc::clone(&self.statuses),
+                pace: None,
                 config: self.config.clone(),
             };
             let comparison = match repair.compare(Ask::Keys).await {

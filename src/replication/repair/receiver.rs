@@ -32,6 +32,7 @@ use crate::{
         CONNECT_TIMEOUT, LEAF_PAGE_BYTES, MERGE_BYTES_MAX, MERGE_TIMEOUT, ReplicationConfig,
         STALL_TIMEOUT,
     },
+    pace::Pace,
     server::message_bytes_max,
     status::{LinkKey, LinkStatuses, RepairProgress},
     wire,
@@ -114,6 +115,8 @@ pub(crate) struct Repair {
     pub(crate) namespace: Arc<Namespace>,
     pub(crate) channels: LinkChannels,
     pub(crate) statuses: Arc<LinkStatuses>,
+    /// The link's limit in bytes a second, and who else is under it.
+    pub(crate) pace: Option<(Arc<Pace>, u64)>,
     pub(crate) config: ReplicationConfig,
 }
 
@@ -526,6 +529,10 @@ impl Session<'_> {
             },
         );
         tokio::time::sleep(took.max(budget.saturating_sub(took))).await;
+        if let Some((pace, limit)) = &self.repair.pace {
+            pace.spend(bytes as u64, *limit);
+            tokio::time::sleep_until(pace.free_at()).await;
+        }
         Ok(true)
     }
 

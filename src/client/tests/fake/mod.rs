@@ -675,14 +675,21 @@ impl RegionService for Node {
         &self,
         _: Request<v1::PauseLinkRequest>,
     ) -> Result<Response<v1::PauseLinkResponse>, Status> {
-        Err(Status::unimplemented("not served yet"))
+        Ok(Response::new(v1::PauseLinkResponse {}))
     }
 
     async fn resume_link(
         &self,
         _: Request<v1::ResumeLinkRequest>,
     ) -> Result<Response<v1::ResumeLinkResponse>, Status> {
-        Err(Status::unimplemented("not served yet"))
+        Ok(Response::new(v1::ResumeLinkResponse {}))
+    }
+
+    async fn limit_link(
+        &self,
+        _: Request<v1::LimitLinkRequest>,
+    ) -> Result<Response<v1::LimitLinkResponse>, Status> {
+        Ok(Response::new(v1::LimitLinkResponse {}))
     }
 
     async fn start_repair(
