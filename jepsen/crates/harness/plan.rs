@@ -7,7 +7,7 @@ use std::time::Duration;
 use tombolo_jepsen_check::Verdict;
 
 /// Bytes of change log that a region keeps for an absent peer in runs of
-/// [`Nemesis::LongIsolation`], a namespace and shard.
+/// [`Nemesis::LongIsolation`] and [`Nemesis::RepairKill`], a namespace and shard.
 pub(crate) const CHANGE_LOG_BYTES: u64 = 256 << 10;
 /// The key of the server's configuration that sets it.
 pub(crate) const CHANGE_LOG_KEY: &str = "replication.change_log_bytes";
@@ -45,6 +45,10 @@ pub(crate) enum Nemesis {
     Bridge,
     /// A region is away for longer than the others keep their change log for it.
     LongIsolation,
+    /// The same, and the region's leader is killed while it repairs.
+    RepairKill,
+    /// A region loses all others while the leader of another is killed.
+    Storm,
 }
 
 /// A lie that the harness tells itself, to see that it is found out. Such a run must be invalid.
@@ -121,21 +125,27 @@ impl Plan {
     /// Bytes of each value.
     pub(crate) fn value_bytes(&self) -> usize {
         // Enough to pass the change log's budget in seconds.
-        if self.nemesis == Nemesis::LongIsolation { 8 << 10 } else { 16 }
+        if self.has_small_change_log() { 8 << 10 } else { 16 }
     }
 
     /// Arguments of the server beside its configuration file.
     pub(crate) fn server_arguments(&self) -> Vec<String> {
+        if !self.has_small_change_log() {
+            return Vec::new();
+        }
+        vec!["--set".into(), format!("{CHANGE_LOG_KEY}={CHANGE_LOG_BYTES}")]
+    }
+
+    fn has_small_change_log(&self) -> bool {
         match self.nemesis {
-            Nemesis::LongIsolation => {
-                vec!["--set".into(), format!("{CHANGE_LOG_KEY}={CHANGE_LOG_BYTES}")]
-            }
+            Nemesis::LongIsolation | Nemesis::RepairKill => true,
             Nemesis::None
             | Nemesis::Partition
             | Nemesis::LeaderKill
             | Nemesis::Pause
             | Nemesis::Isolation
-            | Nemesis::Bridge => Vec::new(),
+            | Nemesis::Bridge
+            | Nemesis::Storm => false,
         }
     }
 }

@@ -255,7 +255,11 @@ fn judge(report: &mut RunReport, settled: &Settled, cluster: &Cluster, ops: &[Op
 fn judge_regions(report: &mut RunReport, ops: &[Op]) {
     match report.plan.nemesis {
         Nemesis::None | Nemesis::Isolation | Nemesis::Bridge | Nemesis::LongIsolation => {}
-        Nemesis::Partition | Nemesis::LeaderKill | Nemesis::Pause => return,
+        Nemesis::Partition
+        | Nemesis::LeaderKill
+        | Nemesis::Pause
+        | Nemesis::RepairKill
+        | Nemesis::Storm => return,
     }
     for (region, Tally { ok, fail, info }) in report.tallies.clone() {
         if (fail + info) * 100 > (ok + fail + info) * REFUSED_PERCENT_MAX {

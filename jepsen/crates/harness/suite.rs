@@ -6,7 +6,7 @@ use crate::plan::{Nemesis, Plan, Rule, Sabotage, Workload};
 type Line = (Workload, Nemesis, usize, u16, u64);
 
 /// At most ten minutes on two cores: every workload, every nemesis, 2, 3 and 5 regions.
-const QUICK: [Line; 13] = [
+const QUICK: [Line; 15] = [
     (Workload::Register, Nemesis::None, 2, 3, 10),
     (Workload::Register, Nemesis::Partition, 2, 3, 26),
     (Workload::Register, Nemesis::LeaderKill, 2, 3, 26),
@@ -20,6 +20,8 @@ const QUICK: [Line; 13] = [
     (Workload::Delete, Nemesis::Partition, 2, 3, 20),
     (Workload::Delete, Nemesis::Bridge, 3, 3, 24),
     (Workload::Delete, Nemesis::LongIsolation, 3, 1, 25),
+    (Workload::Delete, Nemesis::RepairKill, 2, 3, 30),
+    (Workload::Delete, Nemesis::Storm, 3, 3, 22),
 ];
 
 /// Lies that must be found out, each in a short run.
