@@ -17,6 +17,7 @@
 mod op;
 mod register;
 mod report;
+mod revision;
 mod set;
 #[cfg(test)]
 mod testing;

@@ -8,6 +8,7 @@
 
 use crate::op::{Op, Outcome, pair};
 use crate::report::{FindingKind, Report};
+use crate::revision::{WentBack, went_back};
 use crate::wgl::{Action, Call, Judgement, judge};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -67,6 +68,11 @@ fn check_key(key: &str, ops: &[&Op], nodes: &[String], budget: u64, report: &mut
             let text = format!("{key}: {} shows {seen}, which nobody wrote", describe(op));
             report.find(FindingKind::ThinAir, text);
         }
+    }
+    if let Some(WentBack { earlier, later }) = went_back(&ops) {
+        let (earlier, later) = (describe(earlier), describe(later));
+        let text = format!("{key}: {later} is told of an older state than {earlier}");
+        report.find(FindingKind::NotLinearizable, text);
     }
     match judge(&calls, budget) {
         Judgement::Linearizable => {}

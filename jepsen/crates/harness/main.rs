@@ -175,9 +175,20 @@ impl Common {
     }
 }
 
-fn main() -> anyhow::Result<ExitCode> {
+fn main() -> ExitCode {
+    match carry_out(Cli::parse().verb) {
+        Ok(code) => code,
+        Err(error) => {
+            // Nothing is left to do if even that fails.
+            writeln!(std::io::stderr(), "jepsen: {error:#}").ok();
+            ExitCode::from(UNKNOWN)
+        }
+    }
+}
+
+fn carry_out(verb: Verb) -> anyhow::Result<ExitCode> {
     let mut out = std::io::stdout().lock();
-    match Cli::parse().verb {
+    match verb {
         Verb::Doctor { common } => {
             let program = common.program()?;
             let complete = doctor::examine(&program, &mut out)?;
