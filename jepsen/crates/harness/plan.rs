@@ -4,7 +4,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
-use tombolo_jepsen_check::Verdict;
+use tombolo_jepsen_check::FindingKind;
 
 /// Bytes of change log that a region keeps for an absent peer in runs of
 /// [`Nemesis::LongIsolation`] and [`Nemesis::RepairKill`], a namespace and shard.
@@ -63,6 +63,17 @@ pub(crate) enum Sabotage {
     Resurrection,
 }
 
+impl Sabotage {
+    /// How it must be found out.
+    pub(crate) fn finding(self) -> FindingKind {
+        match self {
+            Self::LocalReads => FindingKind::NotLinearizable,
+            Self::LostAdd => FindingKind::LostAdd,
+            Self::Resurrection => FindingKind::Resurrection,
+        }
+    }
+}
+
 /// How rows of one key resolve between regions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -115,11 +126,6 @@ impl Plan {
         let Self { workload, nemesis, sabotage, regions, nodes, seed, .. } = self;
         let lie = sabotage.map(|lie| format!("-with-{}", word(lie))).unwrap_or_default();
         format!("{}-{}{lie}-{regions}x{nodes}-seed{seed}", word(*workload), word(*nemesis))
-    }
-
-    /// What must come out.
-    pub(crate) fn expected(&self) -> Verdict {
-        if self.sabotage.is_some() { Verdict::Invalid } else { Verdict::Valid }
     }
 
     /// Bytes of each value.

@@ -47,15 +47,25 @@ impl RunReport {
         }
     }
 
+    /// What the run counts for: its verdict, and for a lie whether it was found out.
+    pub(crate) fn accepted(&self) -> Verdict {
+        match self.plan.sabotage {
+            None => self.verdict,
+            Some(lie) if self.check.counts.contains_key(&lie.finding()) => Verdict::Valid,
+            // Whatever did not find the lie out cannot be relied on.
+            Some(_) => Verdict::Unknown,
+        }
+    }
+
     /// One line.
     pub(crate) fn summary(&self) -> String {
         let sum = |part: fn(&Tally) -> u64| -> u64 { self.tallies.values().map(part).sum() };
         let effective = self.injections.iter().filter(|it| it.effective).count();
         let healed = self.converged_ms.map_or("not".into(), |ms| format!("in {ms} ms"));
-        let found = match (self.plan.expected(), self.verdict) {
-            (Verdict::Invalid, Verdict::Invalid) => " (the lie was found out, as it must be)",
-            (Verdict::Invalid, Verdict::Valid | Verdict::Unknown) => " (THE LIE WAS NOT FOUND OUT)",
-            (Verdict::Valid | Verdict::Unknown, _) => "",
+        let found = match (self.plan.sabotage, self.accepted()) {
+            (None, _) => "",
+            (Some(_), Verdict::Valid) => " (the lie was found out, as it must be)",
+            (Some(_), Verdict::Unknown | Verdict::Invalid) => " (THE LIE WAS NOT FOUND OUT)",
         };
         format!(
             "{:7}  {:34}{found}  {} ok, {} failed, {} open; {effective} of {} faults proven; converged {healed}",

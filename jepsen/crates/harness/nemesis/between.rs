@@ -15,7 +15,7 @@ const REPAIR_POLL: Duration = Duration::from_millis(20);
 /// How long a node may take to tell its backlog.
 const METRIC_PATIENCE: Duration = Duration::from_secs(3);
 /// What the names of the server's counters of repairs hold.
-const REPAIR: &str = "repair";
+const REPAIR: &str = "repairs";
 
 impl Attack {
     pub(super) fn pairs_of(&self, region: &str) -> Vec<(String, String)> {
