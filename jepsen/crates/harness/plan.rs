@@ -128,6 +128,17 @@ impl Plan {
         format!("{}-{}{lie}-{regions}x{nodes}-seed{seed}", word(*workload), word(*nemesis))
     }
 
+    /// Why it cannot be done here, if it cannot.
+    pub(crate) fn obstacle(&self) -> Option<&'static str> {
+        match (self.network, self.nemesis) {
+            (NetworkKind::LoopbackProxy, Nemesis::Partition) => {
+                Some("the loopback proxy cannot cut nodes of one region from each other")
+            }
+            (_, Nemesis::Bridge) if self.regions < 3 => Some("a bridge needs three regions"),
+            (NetworkKind::LoopbackProxy | NetworkKind::Namespaces, _) => None,
+        }
+    }
+
     /// Bytes of each value.
     pub(crate) fn value_bytes(&self) -> usize {
         // Enough to pass the change log's budget in seconds.
