@@ -11,6 +11,7 @@ use bytes::Bytes;
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tombolo_core::change::Change;
 use tombolo_core::command::{Operation, Write, decode_batch, encode_batch};
+use tombolo_core::merkle::{Tree, digest, leaf_of};
 use tombolo_core::record::{Delta, Sibling};
 use tombolo_core::repair::{Offer, Sides, Trust, merge};
 use tombolo_core::{
@@ -167,6 +168,30 @@ fn clock(criterion: &mut Criterion) {
 }
 
 /// One log entry of puts on a real store: read what is there, decide, write one batch.
+/// What keeping the Merkle tree adds to a put: compare with `apply/puts`, of which it is a part.
+fn merkle(criterion: &mut Criterion) {
+    let held = |number: u64| {
+        let mut record = Record::default();
+        record.apply(&delta(1, number + 1, Vec::new()), &VersionVector::new(), Rule::Lww);
+        (Bytes::from(format!("key-{number:08}")), record)
+    };
+    let records: Vec<(Bytes, Record)> = (0..BATCH).map(held).collect();
+    let mut tree = Tree::default();
+    let mut group = criterion.benchmark_group("merkle");
+    group.throughput(Throughput::Elements(BATCH));
+    group.bench_function(BenchmarkId::new("puts", BATCH), |bencher| {
+        bencher.iter(|| {
+            for (key, record) in &records {
+                // The old value's digest and the new one's.
+                let change =
+                    digest(key, black_box(record)) ^ digest(key, black_box(record)).rotate_left(1);
+                tree.toggle(leaf_of(key), change);
+            }
+        });
+    });
+    group.finish();
+}
+
 fn apply(criterion: &mut Criterion) {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), StoreConfig::default()).unwrap();
@@ -186,5 +211,5 @@ fn apply(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, records, codecs, clock, apply);
+criterion_group!(benches, records, codecs, clock, apply, merkle);
 criterion_main!(benches);

@@ -85,6 +85,12 @@ impl Tree {
         nodes
     }
 
+    /// One leaf.
+    pub fn leaf(&self, leaf: u16) -> u64 {
+        let [high, low] = leaf.to_be_bytes();
+        self.block(high).map_or(0, |block| block[usize::from(low)])
+    }
+
     /// The leaves under a node; `None` if all are 0.
     pub fn block(&self, high: u8) -> Option<&Block> {
         self.blocks.get(&high).map(Box::as_ref)

@@ -25,6 +25,9 @@ pub const MAX_REGIONS: usize = 8;
 /// Most nodes in each region.
 pub const MAX_NODES: u16 = 9;
 
+/// Changes kept for a region that is away, per namespace and shard: little, so that a demo shows
+/// what happens behind that.
+pub const CHANGE_LOG_BYTES: u64 = 256 << 10;
 const PORTS_PER_NODE: u16 = 4;
 /// Blocks are looked for below the ports that the system gives to outgoing connections.
 const LAST_PORT: u16 = 32_000;
@@ -276,7 +279,11 @@ impl Layout {
                 memtable_bytes: 8 << 20,
                 flush_log_bytes: 32 << 20,
             },
-            replication: Replication { retry_max: "1s", watchdog: "10s" },
+            replication: Replication {
+                retry_max: "1s",
+                watchdog: "10s",
+                change_log_bytes: CHANGE_LOG_BYTES,
+            },
             drain: Drain { initial_wait: "0s", timeout: "3s" },
             log: Log { format: "text" },
         };
@@ -478,6 +485,7 @@ struct Storage {
 struct Replication {
     retry_max: &'static str,
     watchdog: &'static str,
+    change_log_bytes: u64,
 }
 
 #[derive(Serialize)]

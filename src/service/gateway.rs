@@ -276,11 +276,18 @@ impl Gateway {
 fn is_not_done(status: &Status) -> bool {
     let refused =
         matches!(Reason::of(status), Some(Reason::NotLeader | Reason::NoLeader | Reason::Draining));
-    refused || causes(status).any(|cause| cause.is::<tonic::ConnectError>())
+    refused || is_connect_error(status)
 }
 
-fn causes(status: &Status) -> impl Iterator<Item = &(dyn Error + 'static)> {
-    std::iter::successors(Some(status as &(dyn Error + 'static)), |cause| cause.source())
+fn is_connect_error(status: &Status) -> bool {
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// A broken connection between nodes leaves a forwarded request's outcome open.

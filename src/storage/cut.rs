@@ -5,7 +5,11 @@
 
 use bytes::Bytes;
 use rocksdb::{DBRawIterator, ReadOptions, Snapshot};
-use tombolo_core::{NamespaceId, Record, VersionVector, ledger::LedgerEntry, merkle::Tree};
+use tombolo_core::{
+    NamespaceId, Record, VersionVector,
+    ledger::LedgerEntry,
+    merkle::{self, Tree},
+};
 
 use crate::{
     ShardStore, StorageError,
@@ -61,7 +65,8 @@ impl Cut<'_> {
     /// Keys and records with a value in a leaf of the tree.
     ///
     /// # Errors
-    /// If they cannot be read, or the hash index names a key that has no record.
+    /// If they cannot be read, or are not what the tree says: concluding from an incomplete list
+    /// that the rest was deleted would spread damage.
     pub fn leaf(&self, leaf: u16) -> Result<Vec<(Bytes, Record)>, StorageError> {
         let shard = self.shard;
         let (mut keys, mut index_keys) = (Keys::new(shard.id), Keys::new(shard.id));
@@ -75,13 +80,21 @@ impl Cut<'_> {
                 layout::hashed_key(entry).ok_or_else(|| StorageError::key(shard.id, "hash"))?;
             let value = self.snapshot.get_pinned(keys.record(self.namespace, key));
             let value = value.map_err(|error| shard.engine_error(&error))?;
-            // The scrubber finds and names an entry without a record; a repair goes round it.
             if let Some(value) = value {
                 found.push((Bytes::copy_from_slice(key), shard.decode_record(&value)?));
             }
             pairs.next();
         }
         shard.check(&pairs)?;
+        let digests = found.iter().map(|(key, record)| merkle::digest(key, record));
+        if digests.fold(0, |sum, digest| sum ^ digest) != self.tree.leaf(leaf) {
+            return Err(StorageError::Corrupt {
+                shard: Some(shard.id),
+                place: format!("leaf {leaf} of the Merkle tree of namespace {}", self.namespace),
+                detail: "the records that the hash index names are not those of the tree"
+                    .to_owned(),
+            });
+        }
         Ok(found)
     }
 

@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// The layout and value formats that this version writes.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 const OPEN_FILES_MAX: i32 = 256;
 const BLOCK_BYTES: usize = 8 << 10;
@@ -299,6 +299,9 @@ fn check_format(db: &DB, dir: &Path) -> Result<(), StorageError> {
         return match found {
             FORMAT_VERSION => Ok(()),
             0 => Err(corrupt("the format version is 0")),
+            1 => {
+                Err(StorageError::OlderFormat { dir: dir.to_owned(), found, known: FORMAT_VERSION })
+            }
             _ => {
                 Err(StorageError::NewerFormat { dir: dir.to_owned(), found, known: FORMAT_VERSION })
             }

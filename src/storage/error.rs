@@ -13,6 +13,12 @@ pub enum StorageError {
     /// Start a newer version of the program.
     #[error("{}: data format {found} is newer than {known}, the latest this version knows", dir.display())]
     NewerFormat { dir: PathBuf, found: u32, known: u32 },
+    /// The store was made by a version of before the first release, whose format has no upgrade.
+    #[error(
+        "{}: format version {found} is of before the first release, this node knows {known}: dump \
+         with the version that wrote it, load into a new data directory", dir.display()
+    )]
+    OlderFormat { dir: PathBuf, found: u32, known: u32 },
     /// The directory belongs to another node.
     #[error("{}: belongs to `{found}`, not to `{expected}`", dir.display())]
     WrongOwner { dir: PathBuf, found: String, expected: String },
@@ -92,6 +98,7 @@ impl StorageError {
             Self::Apply { source, .. } => source.is_corruption(),
             Self::Locked { .. }
             | Self::NewerFormat { .. }
+            | Self::OlderFormat { .. }
             | Self::WrongOwner { .. }
             | Self::Commands(_)
             | Self::OutOfOrder { .. }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use futures::future::try_join_all;
-use tombolo_client::proto::Rule;
+use tombolo_client::proto::{LinkPhase, Rule};
 use tombolo_client::{Consistency, Error, Written};
 
 use super::load::Load;
@@ -18,6 +18,8 @@ use super::observe::{
 };
 use super::{Site, Step, Tour};
 use crate::demo::READY_PATIENCE;
+use crate::layout::CHANGE_LOG_BYTES;
+use crate::network::Cut;
 
 /// Time for bytes to leak through a cut, if they could.
 const LEAK_TIME: Duration = Duration::from_millis(500);
@@ -26,6 +28,8 @@ const FAILOVER_PATIENCE: Duration = Duration::from_secs(15);
 /// Acknowledgements that each writer must get after a fault: enough to touch every shard.
 const ACKS_AFTER_FAULT: u64 = 20;
 const WRITERS: usize = 8;
+/// Between two looks for a repair, which is short.
+const POLL_PAUSE: Duration = Duration::from_millis(10);
 
 pub(super) fn all() -> Vec<Step<Tour>> {
     fn step(
@@ -46,6 +50,9 @@ pub(super) fn all() -> Vec<Step<Tour>> {
             Box::pin(last_writer_wins(t))
         }),
         step("what is deleted while regions are cut stays deleted", |t| Box::pin(deletes(t))),
+        step("a region that fell off the change log takes over what differs", |t| {
+            Box::pin(repairs(t))
+        }),
         step("an atomic commit arrives whole", |t| Box::pin(commits(t))),
         step("killing a leader under load loses no acknowledged write", |t| {
             Box::pin(kill_leader(t))
@@ -244,6 +251,72 @@ async fn deletes(tour: &mut Tour) -> anyhow::Result<String> {
         "deleted in {} while {} regions still had it; gone in all after healing",
         home.region,
         others.len()
+    ))
+}
+
+async fn repairs(tour: &mut Tour) -> anyhow::Result<String> {
+    // Several times the change log's budget, in every shard.
+    const WRITES: usize = 400;
+    const VALUE_BYTES: usize = 8 << 10;
+    let (home, others) = home_and_others(tour)?;
+    let away = others.last().context("too few regions")?;
+    let gone = tour.key("deleted-while-away");
+    Tour::default_keys(home).put(&gone, "still here").await?;
+    shows(away, &Tour::default_keys(away), &gone, &["still here"]).await?;
+
+    tour.demo.network().isolate(&away.region, Cut::default())?;
+    let mut written = BTreeMap::new();
+    let keys = Tour::default_keys(home);
+    for number in 0..WRITES {
+        let value = format!("{number} ").repeat(VALUE_BYTES / 5);
+        keys.put(tour.key(&format!("missed-{number}")), &value).await?;
+        written.insert(tour.key(&format!("missed-{number}")), value);
+    }
+    keys.delete(&gone).await?;
+    let alone = tour.key("written-while-away");
+    Tour::default_keys(away).put(&alone, "kept").await?;
+    eventually(PATIENCE, || async {
+        let links = home.client.admin().list_links(Some(&away.region)).await;
+        let links = links.map_err(|error| format!("links of {}: {error}", home.region))?.links;
+        let kept: u64 = links.iter().map(|link| link.unacknowledged_bytes).sum();
+        let shards = links.iter().filter(|link| link.namespace == "default").count() as u64;
+        // Of at least 3 MB; the budget is for each shard and namespace.
+        if kept <= (shards + 2) * CHANGE_LOG_BYTES {
+            return Ok(());
+        }
+        Err(format!("the change log for {} still holds {kept} bytes", away.region))
+    })
+    .await?;
+
+    let begun = Instant::now();
+    tour.heal();
+    let repaired = async {
+        loop {
+            let links = away.client.admin().list_links(None).await?.links;
+            if links.iter().any(|link| link.phase() == LinkPhase::Repairing) {
+                return anyhow::Ok(());
+            }
+            tokio::time::sleep(POLL_PAUSE).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, repaired)
+        .await
+        .with_context(|| format!("no link of {} has repaired", away.region))??;
+    holds_all(away, &Tour::default_keys(away), &written).await?;
+    let took = begun.elapsed();
+    for site in &tour.sites {
+        shows(site, &Tour::default_keys(site), &gone, &[]).await?;
+        shows(site, &Tour::default_keys(site), &alone, &["kept"]).await?;
+    }
+    let (home, away) = (home.region.clone(), away.region.clone());
+    tour.partitions += 1;
+    tour.deleted.push(gone);
+    tour.check_no_crash()?;
+    Ok(format!(
+        "{home} wrote {WRITES} values and trimmed its change log while {away} was away; {away} had \
+         them {:.1} s after healing, by repair; what was deleted stayed deleted, what {away} wrote \
+         alone was kept",
+        took.as_secs_f64()
     ))
 }
 

@@ -39,6 +39,16 @@ fn a_cut_stays_as_it_was() {
 }
 
 #[test]
+fn a_leaf_that_is_not_what_the_tree_says_is_refused_and_not_taken_for_deleted() {
+    let (_dir, store, shard) = fresh();
+    run_write(&shard, write(1, vec![put("a", "1")]));
+    let key = Keys::new(shard.id()).hash(LWW, b"a").to_vec();
+    store.engine.db.delete_opt(key, &store.engine.write_options).unwrap();
+    let listed = shard.cut(LWW).leaf(merkle::leaf_of(b"a"));
+    assert!(listed.is_err_and(|error| error.is_corruption()));
+}
+
+#[test]
 fn a_repair_makes_two_stores_equal_and_jumps_over_what_the_log_never_had() {
     let (_dir, _store, source) = fresh();
     let (_dir2, _store2, receiver) = fresh();

@@ -18,13 +18,18 @@ fn a_store_that_is_open_elsewhere_is_refused() {
 }
 
 #[test]
-fn a_newer_format_is_refused_with_both_versions() {
-    let (dir, store, shard) = fresh();
-    let newer = (FORMAT_VERSION + 1).to_le_bytes();
-    store.engine.db.put(STORE_FORMAT_KEY, newer).unwrap();
-    drop((store, shard));
-    let error = refused(dir.path());
-    assert!(matches!(error, StorageError::NewerFormat { found: 2, known: 1, .. }), "{error}");
+fn another_format_is_refused_with_both_versions() {
+    let refused_of = |version: u32| {
+        let (dir, store, shard) = fresh();
+        store.engine.db.put(STORE_FORMAT_KEY, version.to_le_bytes()).unwrap();
+        drop((store, shard));
+        refused(dir.path())
+    };
+    let error = refused_of(3);
+    assert!(matches!(error, StorageError::NewerFormat { found: 3, known: 2, .. }), "{error}");
+    let error = refused_of(1);
+    assert!(matches!(error, StorageError::OlderFormat { found: 1, known: 2, .. }), "{error}");
+    assert!(error.to_string().contains("dump"), "{error}");
 }
 
 #[test]
