@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod data;
+mod link_status;
 mod regions;
 mod repair;
 mod repair_cost;

@@ -81,6 +81,19 @@ impl Cluster {
         cuts: &[(&str, &str)],
         change: impl Fn(&mut Config),
     ) -> Self {
+        Self::start_prepared(regions, shards, cuts, async |members: &mut [Member]| {
+            members.iter_mut().for_each(|member| change(&mut member.config));
+        })
+        .await
+    }
+
+    /// As [`Cluster::start_with_cuts`], with members that `prepare` has changed before they start.
+    pub(crate) async fn start_prepared(
+        regions: &[(&str, usize)],
+        shards: u16,
+        cuts: &[(&str, &str)],
+        prepare: impl AsyncFnOnce(&mut [Member]),
+    ) -> Self {
         let data = TempDir::new().expect("a directory");
         let addresses: Vec<Vec<Addresses>> = regions
             .iter()
@@ -96,11 +109,11 @@ impl Cluster {
                 let value = dir.display().to_string();
                 let flags = [FlagValue { flag: "--data-dir", key: "data_dir", value }];
                 let loaded = Config::load(Some(&file), std::iter::empty(), &[], &flags);
-                let mut config = loaded.expect("a valid configuration").config;
-                change(&mut config);
+                let config = loaded.expect("a valid configuration").config;
                 members.push(Member { config, node: None });
             }
         }
+        prepare(&mut members).await;
         let mut cluster = Self { members, _data: data };
         for member in &mut cluster.members {
             member.start().await;
