@@ -20,7 +20,6 @@ mod channels;
 mod config;
 mod feed;
 mod links;
-mod pending;
 mod puller;
 mod relay;
 mod repair;

@@ -21,6 +21,7 @@ use tombolo_core::{
     Change, NamespaceId, RegionId, Rule, VersionVector,
     command::{Ingested, Stopped},
     namespace::Namespace,
+    pending::Pending,
 };
 use tombolo_proto::internal::v1::{self as pb, link_service_client::LinkServiceClient};
 use tombolo_shard::{Consistency, Shard, ShardError};
@@ -33,7 +34,6 @@ use crate::{
         CONNECT_TIMEOUT, FRONTIER_INTERVAL, INGEST_TIMEOUT, ReplicationConfig, STALL_TIMEOUT,
         STREAM_MESSAGES_MAX,
     },
-    pending::Pending,
     relay::Paths,
     repair::{
         Gate,
