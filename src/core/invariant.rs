@@ -225,7 +225,10 @@ mod tests {
         let nothing = VersionVector::new();
         let writes = [
             (delta(dot(1, 1), 5, "old", &[]), nothing.clone()),
-            (delta(dot(1, 2), 6, "new", &[dot(1, 1)]), [(dot(1, 1).actor, 1)].into_iter().collect()),
+            (
+                delta(dot(1, 2), 6, "new", &[dot(1, 1)]),
+                [(dot(1, 1).actor, 1)].into_iter().collect(),
+            ),
             (delta(dot(2, 1), 3, "other", &[]), nothing),
         ];
         assert_eq!(kept(&writes, Rule::Siblings), [dot(1, 2), dot(2, 1)]);

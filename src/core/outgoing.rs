@@ -43,7 +43,11 @@ impl Outgoing {
     }
 
     /// The peer has applied `frontier`.
+    ///
+    /// What of it was not sent came another way, and is skipped: the peer would drop it without a
+    /// word, and it would count as in flight for ever.
     pub fn acknowledged(&mut self, frontier: &VersionVector) {
+        self.sent.join(frontier);
         while let Some((sent, bytes)) = self.in_flight.front() {
             if !frontier.covers_all(sent) {
                 break;
@@ -159,6 +163,16 @@ mod tests {
         assert_eq!(outgoing.in_flight_bytes(), 20);
         outgoing.acknowledged(&vector(&[(1, 2), (2, 7)]));
         assert_eq!(outgoing.in_flight_bytes(), 0);
+    }
+
+    #[test]
+    fn what_came_to_the_peer_another_way_is_not_sent() {
+        let mut outgoing = Outgoing::new([RegionId(1)].into(), VersionVector::new());
+        // The peer was repaired before the first batch went out.
+        outgoing.acknowledged(&vector(&[(1, 2), (3, 1)]));
+        assert_eq!(outgoing.behind(&vector(&[(1, 3)])), [(actor(1), 3)]);
+        let changes = [change(1, 3, &[(1, 2)])];
+        assert_eq!(take(&mut outgoing, &[&changes], 100), [(1, 3)]);
     }
 
     #[test]
