@@ -139,7 +139,8 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
         deltas.push(delta);
     }
     if !deltas.is_empty() {
-        let change = Change { actor: write.actor, first_seq, depends_on, deltas };
+        let ahead_by = depends_on.minus(&frontier);
+        let change = Change { actor: write.actor, first_seq, depends_on, ahead_by, deltas };
         append(state, write.namespace, &change);
     }
     if let Some(request) = write.request {
@@ -171,10 +172,11 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
             ingested.stopped = Some(reason);
             break;
         }
+        let seen = change.seen();
         for delta in &change.deltas {
             let mut record = state.record(ingest.namespace, &delta.key)?.unwrap_or_default();
             let place = Place { namespace: ingest.namespace, rule: ingest.rule };
-            apply_delta(state, place, &mut record, delta, &change.depends_on);
+            apply_delta(state, place, &mut record, delta, &seen);
             state.put_record(ingest.namespace, &delta.key, record);
         }
         append(state, ingest.namespace, change);

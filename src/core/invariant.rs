@@ -135,9 +135,9 @@ pub fn survivors<'a>(events: impl IntoIterator<Item = Event<'a>>, rule: Rule) ->
     let mut kept: Vec<Dot> = match rule {
         Rule::Siblings => kept.filter(|event| !is_tombstone(event)).map(dot).collect(),
         Rule::Lww => {
-            let is_outlived = |event: &&Event<'_>| {
-                is_tombstone(event) && events.iter().any(|other| other.seen.covers(dot(event)))
-            };
+            // Whoever wrote it had this one before, and what its write replaced stood against it.
+            let is_outlived =
+                |event: &&Event<'_>| events.iter().any(|other| other.seen.covers(dot(event)));
             kept.filter(|event| !is_outlived(event))
                 .max_by_key(|event| (event.delta.sibling.time, dot(event)))
                 .filter(|winner| !is_tombstone(winner))
@@ -157,11 +157,12 @@ pub fn live_dots(record: Option<&Record>) -> Vec<Dot> {
     live.map(|held| held.dot).collect()
 }
 
-/// Whether `frontier` covers a change wholly or not at all, and with it all that it depends on.
-pub fn is_closed_over(frontier: &VersionVector, change: &Change) -> bool {
+/// Whether `frontier` covers a change wholly or not at all, and `held` all that it depends on then:
+/// the frontier, and up to where records are ahead of it.
+pub fn is_closed_over(frontier: &VersionVector, held: &VersionVector, change: &Change) -> bool {
     let first = Dot { actor: change.actor, seq: change.first_seq };
     if frontier.covers(change.last()) {
-        frontier.covers_all(&change.depends_on)
+        held.covers_all(&change.depends_on)
     } else {
         !frontier.covers(first)
     }
@@ -251,6 +252,7 @@ mod tests {
             actor: dot(1, 1).actor,
             first_seq: seq,
             depends_on: VersionVector::new(),
+            ahead_by: VersionVector::new(),
             deltas: vec![delta(dot(1, seq), 1, "v", &[])],
         };
         let upto = |seq| -> VersionVector { [(dot(1, 1).actor, seq)].into_iter().collect() };

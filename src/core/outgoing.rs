@@ -132,7 +132,8 @@ mod tests {
         let sibling = Sibling { dot, time: HybridTime::ZERO, content: Content::Tombstone };
         let delta = Delta { key: "k".into(), sibling, supersedes: Vec::new() };
         let depends_on = vector(depends_on);
-        Change { actor: actor(region), first_seq: seq, depends_on, deltas: vec![delta] }
+        let ahead_by = VersionVector::new();
+        Change { actor: actor(region), first_seq: seq, depends_on, ahead_by, deltas: vec![delta] }
     }
 
     fn take(outgoing: &mut Outgoing, changes: &[&[Change]], bytes_max: usize) -> Vec<(u16, u64)> {

@@ -94,7 +94,8 @@ mod tests {
         let sibling = Sibling { dot, time: HybridTime::ZERO, content: Content::Tombstone };
         let delta = Delta { key: "k".into(), sibling, supersedes: Vec::new() };
         let depends_on = depends_on.iter().map(|&(region, seq)| (actor(region), seq)).collect();
-        Change { actor: actor(region), first_seq: seq, depends_on, deltas: vec![delta] }
+        let ahead_by = VersionVector::new();
+        Change { actor: actor(region), first_seq: seq, depends_on, ahead_by, deltas: vec![delta] }
     }
 
     fn seqs(changes: &[Change]) -> Vec<u64> {
