@@ -573,6 +573,15 @@ impl Stream<'_> {
             (Ok(_), _) | (Err(_), Purpose::Check) => None,
             (Err(_), Purpose::CatchUp) => Some(Due { purpose, at: Instant::now() + pause, tried }),
         };
+        // Meanwhile the peer may have said that its log is gone further than this repair went. It
+        // sends nothing more until then, so the next one is due.
+        let frontier = puller.shard.frontier(id);
+        let is_beyond = |trimmed: &VersionVector| !frontier.covers_all(trimmed);
+        let is_due = lane.due.is_some_and(|due| due.purpose == Purpose::CatchUp);
+        if !is_due && lane.trimmed.as_ref().is_some_and(is_beyond) {
+            let at = Instant::now() + if result.is_ok() { Duration::ZERO } else { pause };
+            lane.due = Some(Due { purpose: Purpose::CatchUp, at, tried: 0 });
+        }
         puller.statuses.count_repair(puller.peer.id, |counts| match &result {
             Ok(Found::Equal) => counts.equal += 1,
             Ok(Found::CaughtUp) => counts.caught_up += 1,
