@@ -349,6 +349,7 @@ impl Node {
         let scrubber = Scrubber::new(shards.clone(), config.storage.scrub_interval);
         let links = Links::new(shards.clone(), replication_config(config));
         let (statuses, link_channels) = (links.statuses(), links.channels());
+        let comparer = links.comparer();
         let metrics = Arc::new(Metrics::new());
         let sources = Sources {
             consensus: consensus.clone(),
@@ -413,7 +414,7 @@ impl Node {
             .add_service(WatchApi.into_service())
             .add_service(ConflictApi.into_service())
             .add_service(ClusterApi::new(Arc::clone(&gateway), Arc::clone(&checks)).into_service())
-            .add_service(RegionApi::new(Arc::clone(&gateway), statuses).into_service())
+            .add_service(RegionApi::new(Arc::clone(&gateway), statuses, comparer).into_service())
             .add_service(NamespaceApi::new(Arc::clone(&gateway), link_channels).into_service())
             .add_service(health_service)
             .add_service(reflection_v1()?)

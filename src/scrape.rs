@@ -7,7 +7,7 @@ use tombolo_raftlog::RaftLog;
 use tombolo_replication::{LinkPhase, LinkStatuses, Traffic};
 use tombolo_service::{
     lag_of,
-    metrics::{LinkNumbers, Metrics, RaftLogNumbers, RaftNumbers, RocksNumbers},
+    metrics::{LinkNumbers, Metrics, RaftLogNumbers, RaftNumbers, RepairNumbers, RocksNumbers},
 };
 use tombolo_shard::{Headroom, ScrubCounts, Shards};
 use tombolo_storage::Store;
@@ -73,8 +73,22 @@ impl Sources {
         let statuses = self.links.all();
         for peer in topology.peers() {
             let Traffic { sent_bytes, received_bytes } = self.links.traffic(peer.id);
-            let mut numbers =
-                LinkNumbers { up: true, sent_bytes, received_bytes, ..LinkNumbers::default() };
+            let repairs = self.links.repairs(peer.id);
+            let repairs = RepairNumbers {
+                caught_up: repairs.caught_up,
+                equal: repairs.equal,
+                damage: repairs.damage,
+                failed: repairs.failed,
+                records: repairs.records,
+                exchanged_bytes: repairs.exchanged_bytes,
+            };
+            let mut numbers = LinkNumbers {
+                up: true,
+                sent_bytes,
+                received_bytes,
+                repairs,
+                ..LinkNumbers::default()
+            };
             for (_, status) in statuses.iter().filter(|(key, _)| key.peer == peer.id) {
                 numbers.up &= status.phase == LinkPhase::Streaming;
             }
@@ -83,6 +97,7 @@ impl Sources {
                     match lag_of(shard, namespace, peer.id) {
                         Ok(lag) => {
                             numbers.backlog_ops += lag.events;
+                            numbers.backlog_bytes += lag.bytes;
                             numbers.lag_seconds = numbers.lag_seconds.max(lag.seconds);
                         }
                         Err(error) => tracing::warn!(%error, "a link's lag cannot be read"),

@@ -109,6 +109,83 @@ impl Admin {
         ask!(self, Safety::Read, RegionServiceClient, list_tombstones, request)
     }
 
+    /// Stops pulling from `peer_region` until it is resumed, also over restarts.
+    ///
+    /// # Errors
+    /// As any write; repeating is harmless.
+    pub async fn pause_link(&self, peer_region: impl Into<String>) -> Result<()> {
+        let request = v1::PauseLinkRequest { peer_region: peer_region.into() };
+        ask!(self, Safety::Read, RegionServiceClient, pause_link, request).map(drop)
+    }
+
+    /// Pulls from `peer_region` again.
+    ///
+    /// # Errors
+    /// As any write; repeating is harmless.
+    pub async fn resume_link(&self, peer_region: impl Into<String>) -> Result<()> {
+        let request = v1::ResumeLinkRequest { peer_region: peer_region.into() };
+        ask!(self, Safety::Read, RegionServiceClient, resume_link, request).map(drop)
+    }
+
+    /// Bounds what each node of the region takes from `peer_region`; 0 for no limit.
+    ///
+    /// # Errors
+    /// As any write; repeating is harmless.
+    pub async fn limit_link(
+        &self,
+        peer_region: impl Into<String>,
+        bytes_per_second: u64,
+    ) -> Result<()> {
+        let request = v1::LimitLinkRequest { peer_region: peer_region.into(), bytes_per_second };
+        ask!(self, Safety::Read, RegionServiceClient, limit_link, request).map(drop)
+    }
+
+    /// Asks the region to take over, now, whatever `peer_region` has and it lacks; `None` for all
+    /// namespaces. Progress is in the links.
+    ///
+    /// # Errors
+    /// As any write; repeating is harmless.
+    pub async fn start_repair(
+        &self,
+        peer_region: impl Into<String>,
+        namespace: Option<&str>,
+    ) -> Result<v1::StartRepairResponse> {
+        let namespace = namespace.unwrap_or_default().to_owned();
+        let request = v1::StartRepairRequest { peer_region: peer_region.into(), namespace };
+        ask!(self, Safety::Read, RegionServiceClient, start_repair, request)
+    }
+
+    /// The keys of a namespace that the region and `peer_region` hold differently, at most `limit`
+    /// in each shard.
+    ///
+    /// # Errors
+    /// As any read.
+    pub async fn list_differences(
+        &self,
+        peer_region: impl Into<String>,
+        namespace: impl Into<String>,
+        limit: u32,
+    ) -> Result<v1::ListDifferencesResponse> {
+        let (peer_region, namespace) = (peer_region.into(), namespace.into());
+        let request = v1::ListDifferencesRequest { peer_region, namespace, limit };
+        ask!(self, Safety::Read, RegionServiceClient, list_differences, request)
+    }
+
+    /// The writes that exist only in this region; `None` for all namespaces. Lists at most `limit`
+    /// in each shard and counts all.
+    ///
+    /// # Errors
+    /// As any read.
+    pub async fn list_at_risk(
+        &self,
+        namespace: Option<&str>,
+        limit: u32,
+    ) -> Result<v1::ListAtRiskResponse> {
+        let namespace = namespace.unwrap_or_default().to_owned();
+        let request = v1::ListAtRiskRequest { namespace, limit };
+        ask!(self, Safety::Read, RegionServiceClient, list_at_risk, request)
+    }
+
     /// The Merkle root of each shard of a namespace, with what is applied there.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use crate::connection::Connection;
 use crate::exit::{Exit, Failure};
 use crate::io::Io;
 use crate::output::{Format, json, json_list, show_seconds, table};
+use crate::repair::{AtRisk, Repair, at_risk, repair, show_progress};
 use crate::status::Status;
 use crate::verify::{Verify, verify};
 use clap::Subcommand;
@@ -23,6 +24,8 @@ pub struct Ctl {
 #[derive(Clone, Debug, Subcommand)]
 pub enum CtlCommand {
     Verify(Verify),
+    Repair(Repair),
+    AtRisk(AtRisk),
     /// Deletions that are kept until every region has them, and which region they wait for
     Tombstones {
         /// Only of this namespace
@@ -69,6 +72,30 @@ pub enum LinkCommand {
         /// Only links with this region
         #[arg(long, value_name = "REGION")]
         peer: Option<String>,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Stops pulling from a region until it is resumed, also over restarts
+    Pause {
+        #[arg(value_name = "REGION")]
+        peer: String,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Pulls from a region again
+    Resume {
+        #[arg(value_name = "REGION")]
+        peer: String,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Bounds what each node takes from a region
+    Limit {
+        #[arg(value_name = "REGION")]
+        peer: String,
+        /// 0 for no limit
+        #[arg(value_name = "BYTES_PER_SECOND")]
+        bytes_per_second: u64,
         #[command(flatten)]
         connection: Connection,
     },
@@ -121,9 +148,16 @@ impl Ctl {
         match &self.command {
             CtlCommand::Status { connection, .. }
             | CtlCommand::Region(RegionCommand::List { connection })
-            | CtlCommand::Link(LinkCommand::List { connection, .. })
+            | CtlCommand::Link(
+                LinkCommand::List { connection, .. }
+                | LinkCommand::Pause { connection, .. }
+                | LinkCommand::Resume { connection, .. }
+                | LinkCommand::Limit { connection, .. },
+            )
             | CtlCommand::Tombstones { connection, .. }
             | CtlCommand::Verify(Verify { connection, .. })
+            | CtlCommand::Repair(Repair { connection, .. })
+            | CtlCommand::AtRisk(AtRisk { connection, .. })
             | CtlCommand::Namespace(
                 NamespaceCommand::Create { connection, .. }
                 | NamespaceCommand::List { connection }
@@ -149,6 +183,8 @@ pub(crate) async fn ctl(args: &Ctl, io: &mut Io) -> Result<Exit, Failure> {
             warn_unreachable(&reply.unreachable, io)
         }
         CtlCommand::Verify(args) => verify(args, io).await,
+        CtlCommand::Repair(args) => repair(args, io).await,
+        CtlCommand::AtRisk(args) => at_risk(args, io).await,
         CtlCommand::Tombstones { only, connection } => {
             let (client, _) = connection.connect(io, None).await?;
             let reply = client.admin().list_tombstones(only.as_deref()).await?;
@@ -160,6 +196,21 @@ pub(crate) async fn ctl(args: &Ctl, io: &mut Io) -> Result<Exit, Failure> {
             let reply = client.admin().list_links(peer.as_deref()).await?;
             print_links(&reply.links, connection.format(io), &mut io.out)?;
             warn_unreachable(&reply.unreachable, io)
+        }
+        CtlCommand::Link(LinkCommand::Pause { peer, connection }) => {
+            let (client, _) = connection.connect(io, None).await?;
+            client.admin().pause_link(peer).await?;
+            Ok(Exit::Ok)
+        }
+        CtlCommand::Link(LinkCommand::Resume { peer, connection }) => {
+            let (client, _) = connection.connect(io, None).await?;
+            client.admin().resume_link(peer).await?;
+            Ok(Exit::Ok)
+        }
+        CtlCommand::Link(LinkCommand::Limit { peer, bytes_per_second, connection }) => {
+            let (client, _) = connection.connect(io, None).await?;
+            client.admin().limit_link(peer, *bytes_per_second).await?;
+            Ok(Exit::Ok)
         }
         CtlCommand::Namespace(command) => namespace(command, io).await,
     }
@@ -335,6 +386,12 @@ pub(crate) struct LinkJson {
     last_error: String,
     received_events: String,
     received_bytes: String,
+    unacknowledged_bytes: String,
+    /// While repairing: from 0 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repair_share: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    repair_seconds_left: Option<f64>,
 }
 
 impl From<&v1::Link> for LinkJson {
@@ -351,6 +408,9 @@ impl From<&v1::Link> for LinkJson {
             last_error: it.last_error.clone(),
             received_events: it.received_events.to_string(),
             received_bytes: it.received_bytes.to_string(),
+            unacknowledged_bytes: it.unacknowledged_bytes.to_string(),
+            repair_share: it.repair.as_ref().map(|repair| repair.share),
+            repair_seconds_left: it.repair.as_ref().map(|repair| repair.seconds_left),
         }
     }
 }
@@ -416,6 +476,7 @@ fn print_links(links: &[v1::Link], format: Format, out: &mut dyn Write) -> std::
                     it.lag_events.to_string(),
                     show_seconds(it.lag_seconds),
                     it.unacknowledged_events.to_string(),
+                    show_progress(it),
                     it.last_error.clone(),
                 ]
             };
@@ -428,6 +489,7 @@ fn print_links(links: &[v1::Link], format: Format, out: &mut dyn Write) -> std::
                 "BEHIND",
                 "LAG",
                 "UNACKED",
+                "REPAIR",
                 "ERROR",
             ];
             table(out, header, links.iter().map(row))

@@ -22,6 +22,7 @@ mod load;
 mod meta;
 mod output;
 mod progress;
+mod repair;
 mod session_file;
 mod status;
 mod verify;

@@ -16,6 +16,7 @@ use crate::connection::Connection;
 use crate::exit::{Exit, Failure};
 use crate::io::Io;
 use crate::output::{Format, json_list, table};
+use crate::repair::list_differences;
 
 /// Between two looks at shards that are not at the same point.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -32,6 +33,9 @@ pub struct Verify {
     pub one: String,
     /// The other
     pub other: String,
+    /// Keys that are listed where a shard differs, at most so many a shard
+    #[arg(long, value_name = "NUMBER", default_value_t = 100)]
+    pub limit: u32,
     #[command(flatten)]
     pub connection: Connection,
 }
@@ -91,10 +95,12 @@ pub(crate) async fn verify(args: &Verify, io: &mut Io) -> Result<Exit, Failure> 
         tokio::time::sleep(PAUSE).await;
     }
     let rows: Vec<Row> = rows.into_values().collect();
-    print(&rows, args.connection.format(io), &mut io.out)?;
+    let format = args.connection.format(io);
+    print(&rows, format, &mut io.out)?;
     let count = |verdict| rows.iter().filter(|row| row.verdict == verdict).count();
     let (different, moving) = (count(Verdict::Different), count(Verdict::Moving));
     if different > 0 {
+        list_differences(&one, &other, &namespace, args, io).await?;
         return Err(Failure::Other(format!(
             "{different} of {} shards hold different data at the same point of their history",
             rows.len()

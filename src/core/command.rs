@@ -11,7 +11,7 @@ use crate::{
     change::Change,
     codec::{DecodeError, Reader, Writer},
     hlc::HybridTime,
-    id::{Actor, Dot, NamespaceId, RequestId},
+    id::{Actor, Dot, NamespaceId, RegionId, RequestId},
     ledger::LedgerEntry,
     record::{Content, Record, Rule},
     repair::{Offer, Trust},
@@ -35,6 +35,10 @@ pub enum Command {
     Merge(Merge),
     /// Move the frontier to what a finished repair brought.
     Advance(Advance),
+    /// Delete values whose time is over.
+    Expire(Expire),
+    /// Change how this region pulls from another.
+    SetLink(RegionId, LinkSetting),
 }
 
 /// A client's write: checks and operations, all or nothing.
@@ -174,6 +178,30 @@ pub struct Advance {
     pub ahead: VersionVector,
 }
 
+/// Turns expired values of this region's own writes into deletions, which travel like any other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Expire {
+    /// Where.
+    pub namespace: NamespaceId,
+    /// The namespace's rule.
+    pub rule: Rule,
+    /// The region whose values expire.
+    pub actor: Actor,
+    /// Stamped by the leader; what expires later stays.
+    pub time: HybridTime,
+    /// Which values.
+    pub values: Vec<(Bytes, Dot)>,
+}
+
+/// How a region pulls from another one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LinkSetting {
+    /// Pull nothing.
+    pub paused: bool,
+    /// Most bytes a second, for each node that pulls; 0 for no limit.
+    pub bytes_per_second: u64,
+}
+
 /// What executing a command answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -195,6 +223,8 @@ pub enum Outcome {
     Ingested(Ingested),
     /// So many tombstones were dropped.
     Collected(usize),
+    /// So many values were deleted.
+    Expired(usize),
     /// A repair claims writes of this very region that this region does not know.
     OwnChangeUnknown,
     /// Records were merged.
@@ -274,6 +304,8 @@ const FORGET_REQUESTS: u8 = 4;
 const COLLECT: u8 = 5;
 const MERGE: u8 = 6;
 const ADVANCE: u8 = 7;
+const EXPIRE: u8 = 8;
+const SET_LINK: u8 = 9;
 
 /// Packs encoded commands into the payload of one log entry.
 pub fn encode_batch(commands: &[Bytes]) -> Bytes {
@@ -354,6 +386,23 @@ impl Command {
                 advance.cut.encode(&mut writer);
                 advance.ahead.encode(&mut writer);
             }
+            Self::Expire(expire) => {
+                writer.u8(EXPIRE);
+                writer.varint(u64::from(expire.namespace.0));
+                writer.u8(expire.rule.to_byte());
+                encode_actor(expire.actor, &mut writer);
+                writer.fixed64(expire.time.to_bits());
+                writer.count(expire.values.len());
+                for (key, dot) in &expire.values {
+                    writer.bytes(key);
+                    encode_dot(*dot, &mut writer);
+                }
+            }
+            Self::SetLink(peer, setting) => {
+                writer.u8(SET_LINK);
+                writer.varint(u64::from(peer.0));
+                setting.encode(&mut writer);
+            }
         }
         writer.finish()
     }
@@ -401,6 +450,21 @@ impl Command {
                 cut: VersionVector::decode(&mut reader)?,
                 ahead: VersionVector::decode(&mut reader)?,
             }),
+            EXPIRE => {
+                let namespace = NamespaceId(reader.u32()?);
+                let rule = decode_rule(&mut reader)?;
+                let actor = decode_actor(&mut reader)?;
+                let time = HybridTime::from_bits(reader.fixed64()?);
+                let count = reader.count(4)?;
+                let values = (0..count)
+                    .map(|_| Ok((reader.bytes()?, decode_dot(&mut reader)?)))
+                    .collect::<Result<_, DecodeError>>()?;
+                Self::Expire(Expire { namespace, rule, actor, time, values })
+            }
+            SET_LINK => {
+                let peer = RegionId(reader.u16()?);
+                Self::SetLink(peer, LinkSetting::decode(&mut reader)?)
+            }
             kind => return Err(DecodeError::Version { what: "command", version: kind }),
         };
         reader.finish()?;
@@ -421,7 +485,9 @@ impl Command {
             | Self::Collect(_)
             | Self::ForgetRequests(_)
             | Self::Merge(_)
-            | Self::Advance(_) => 0,
+            | Self::Advance(_)
+            | Self::Expire(_)
+            | Self::SetLink(..) => 0,
         }
     }
 }
@@ -507,6 +573,22 @@ impl Write {
         let count = reader.count(3)?;
         let operations = (0..count).map(|_| decode_operation(reader)).collect::<Result<_, _>>()?;
         Ok(Self { namespace, rule, actor, time, request, checks, operations })
+    }
+}
+
+impl LinkSetting {
+    /// Appends the encoding.
+    pub fn encode(&self, writer: &mut Writer) {
+        writer.u8(u8::from(self.paused));
+        writer.varint(self.bytes_per_second);
+    }
+
+    /// Reads what [`encode`](Self::encode) wrote.
+    ///
+    /// # Errors
+    /// If the bytes are damaged.
+    pub fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+        Ok(Self { paused: decode_flag(reader)?, bytes_per_second: reader.varint()? })
     }
 }
 
@@ -735,6 +817,19 @@ mod tests {
                 |(local, since, cut, ahead)| {
                     let namespace = NamespaceId(4);
                     Command::Advance(Advance { namespace, local, since, cut, ahead })
+                }
+            ),
+            (any_rule(), any_actor(), prop::collection::vec((any_bytes(), 1u64..9), 0..3))
+                .prop_map(|(rule, actor, values)| {
+                    let value = |(key, seq)| (key, Dot { actor, seq });
+                    let values = values.into_iter().map(value).collect();
+                    let (namespace, time) = (NamespaceId(8), HybridTime::from_bits(77));
+                    Command::Expire(Expire { namespace, rule, actor, time, values })
+                }),
+            (any::<u16>(), any::<bool>(), any::<u64>()).prop_map(
+                |(peer, paused, bytes_per_second)| {
+                    let setting = LinkSetting { paused, bytes_per_second };
+                    Command::SetLink(RegionId(peer), setting)
                 }
             ),
         ]

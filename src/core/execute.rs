@@ -14,12 +14,13 @@ use bytes::Bytes;
 use crate::{
     change::Change,
     command::{
-        Advance, Collect, Command, FailedCheck, Ingest, Ingested, Merge, Merged, Outcome,
-        Remembered, Stopped, Write, Written,
+        Advance, Collect, Command, Expire, FailedCheck, Ingest, Ingested, LinkSetting, Merge,
+        Merged, Outcome, Remembered, Stopped, Write, Written,
     },
-    id::{Actor, Dot, NamespaceId, RequestId},
+    hlc::HybridTime,
+    id::{Actor, Dot, NamespaceId, RegionId, RequestId},
     ledger::LedgerEntry,
-    record::{Delta, Record, Rule, Sibling},
+    record::{Content, Delta, Record, Rule, Sibling},
     repair::{self, DotReused, Sides, Trust},
     vector::VersionVector,
 };
@@ -55,6 +56,8 @@ pub trait ShardState {
         actor: Actor,
         first_seq: u64,
     ) -> Result<Option<Bytes>, Self::Error>;
+    /// Changes how this region pulls from another.
+    fn set_link(&mut self, peer: RegionId, setting: LinkSetting);
     /// Appends to the change log.
     fn append_change(&mut self, namespace: NamespaceId, change: &Change);
     /// Drops changes that `upto` covers. What it covers and the log does not have counts as
@@ -93,6 +96,11 @@ pub fn execute<S: ShardState>(state: &mut S, command: &Command) -> Result<Outcom
         }
         Command::Merge(merge) => execute_merge(state, merge),
         Command::Advance(advance) => Ok(execute_advance(state, advance)),
+        Command::Expire(expire) => execute_expire(state, expire),
+        &Command::SetLink(peer, setting) => {
+            state.set_link(peer, setting);
+            Ok(Outcome::Done)
+        }
     }
 }
 
@@ -116,39 +124,94 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
         return Ok(Outcome::ChecksFailed(failed));
     }
 
-    let first_seq = frontier.get(write.actor) + 1;
-    // What the records that are replaced have seen may be ahead of the frontier.
-    let mut depends_on = frontier.clone();
-    let mut deltas = Vec::with_capacity(write.operations.len());
+    let mut writing = Writing::new(write.namespace, write.rule, write.actor, frontier);
     let mut results = Vec::with_capacity(write.operations.len());
-    for (seq, operation) in (first_seq..).zip(&write.operations) {
-        let dot = Dot { actor: write.actor, seq };
-        let mut record = state.record(write.namespace, &operation.key)?.unwrap_or_default();
-        let others = record.context().iter().filter(|(actor, _)| *actor != write.actor);
-        others.for_each(|(actor, seq)| depends_on.advance(actor, seq));
+    for operation in &write.operations {
+        let record = state.record(write.namespace, &operation.key)?.unwrap_or_default();
         let mut supersedes = record.superseded_by(operation.context.as_ref());
         supersede_oldest(&record, &mut supersedes);
-        let time = write.time.max(record.latest_time().next());
-        let sibling = Sibling { dot, time, content: operation.content.clone() };
-        let delta = Delta { key: operation.key.clone(), sibling, supersedes };
-
-        let place = Place { namespace: write.namespace, rule: write.rule };
-        let conflict = apply_delta(state, place, &mut record, &delta, &frontier);
-        results.push(Written { dot, time, context: record.context().clone(), conflict });
-        state.put_record(write.namespace, &delta.key, record);
-        deltas.push(delta);
+        let (key, content) = (operation.key.clone(), operation.content.clone());
+        results.push(writing.add(state, record, key, content, supersedes, write.time));
     }
-    if !deltas.is_empty() {
-        let ahead_by = depends_on.minus(&frontier);
-        let change = Change { actor: write.actor, first_seq, depends_on, ahead_by, deltas };
-        append(state, write.namespace, &change);
-    }
+    writing.finish(state);
     if let Some(request) = write.request {
         let remembered = Remembered { executed: write.time, fingerprint, results };
         state.remember(request, &remembered);
         return Ok(Outcome::Written(remembered.results));
     }
     Ok(Outcome::Written(results))
+}
+
+fn execute_expire<S: ShardState>(state: &mut S, expire: &Expire) -> Result<Outcome, S::Error> {
+    let frontier = state.frontier(expire.namespace);
+    let mut writing = Writing::new(expire.namespace, expire.rule, expire.actor, frontier);
+    let mut expired = 0;
+    for (key, dot) in &expire.values {
+        let record = state.record(expire.namespace, key)?.unwrap_or_default();
+        let is_over = |held: &&Sibling| {
+            held.dot == *dot
+                && matches!(held.content, Content::Value { expire: Some(at), .. } if at <= expire.time)
+        };
+        if record.siblings().iter().find(is_over).is_some() {
+            // Exactly this value: what is concurrent with it stays.
+            let (key, content) = (key.clone(), Content::Tombstone);
+            writing.add(state, record, key, content, vec![*dot], expire.time);
+            expired += 1;
+        }
+    }
+    writing.finish(state);
+    Ok(Outcome::Expired(expired))
+}
+
+/// The writes of one command, on their way to become one change.
+struct Writing {
+    place: Place,
+    actor: Actor,
+    first_seq: u64,
+    /// What was applied before.
+    frontier: VersionVector,
+    /// That, and what the records that are replaced have seen: they may be ahead of it.
+    depends_on: VersionVector,
+    deltas: Vec<Delta>,
+}
+
+impl Writing {
+    fn new(namespace: NamespaceId, rule: Rule, actor: Actor, frontier: VersionVector) -> Self {
+        let first_seq = frontier.get(actor) + 1;
+        let (place, depends_on) = (Place { namespace, rule }, frontier.clone());
+        Self { place, actor, first_seq, frontier, depends_on, deltas: Vec::new() }
+    }
+
+    /// Writes `content` over `record`, which is that of `key`.
+    fn add<S: ShardState>(
+        &mut self,
+        state: &mut S,
+        mut record: Record,
+        key: Bytes,
+        content: Content,
+        supersedes: Vec<Dot>,
+        time: HybridTime,
+    ) -> Written {
+        let dot = Dot { actor: self.actor, seq: self.first_seq + self.deltas.len() as u64 };
+        let others = record.context().iter().filter(|(actor, _)| *actor != self.actor);
+        others.for_each(|(actor, seq)| self.depends_on.advance(actor, seq));
+        let time = time.max(record.latest_time().next());
+        let delta = Delta { key, sibling: Sibling { dot, time, content }, supersedes };
+        let conflict = apply_delta(state, self.place, &mut record, &delta, &self.frontier);
+        let context = record.context().clone();
+        state.put_record(self.place.namespace, &delta.key, record);
+        self.deltas.push(delta);
+        Written { dot, time, context, conflict }
+    }
+
+    fn finish<S: ShardState>(self, state: &mut S) {
+        let Self { place, actor, first_seq, frontier, depends_on, deltas } = self;
+        if !deltas.is_empty() {
+            let ahead_by = depends_on.minus(&frontier);
+            let change = Change { actor, first_seq, depends_on, ahead_by, deltas };
+            append(state, place.namespace, &change);
+        }
+    }
 }
 
 fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outcome, S::Error> {

@@ -9,9 +9,9 @@ use bytes::Bytes;
 
 use crate::{
     change::Change,
-    command::{Advance, Command, Merge, Remembered},
+    command::{Advance, Command, LinkSetting, Merge, Remembered},
     execute::ShardState,
-    id::{Actor, NamespaceId, RequestId},
+    id::{Actor, NamespaceId, RegionId, RequestId},
     ledger::{LedgerEntry, LedgerId},
     merkle::{FAN_OUT, Tree, digest, leaf_of},
     record::{Record, Rule},
@@ -34,6 +34,8 @@ pub struct MemoryState {
     pub trimmed: BTreeMap<NamespaceId, VersionVector>,
     /// The ledger.
     pub ledger: BTreeMap<(NamespaceId, LedgerId), LedgerEntry>,
+    /// How this region pulls from others.
+    pub links: BTreeMap<RegionId, LinkSetting>,
     /// Remembered requests.
     pub requests: BTreeMap<RequestId, Remembered>,
 }
@@ -163,7 +165,7 @@ impl MemoryRepair {
     }
 }
 
-const MIN_ACTOR: Actor = Actor { region: crate::id::RegionId(0), incarnation: 0 };
+const MIN_ACTOR: Actor = Actor { region: RegionId(0), incarnation: 0 };
 
 impl ShardState for MemoryState {
     type Error = Infallible;
@@ -203,6 +205,10 @@ impl ShardState for MemoryState {
         first_seq: u64,
     ) -> Result<Option<Bytes>, Infallible> {
         Ok(self.changes.get(&(namespace, actor, first_seq)).map(Change::to_bytes))
+    }
+
+    fn set_link(&mut self, peer: RegionId, setting: LinkSetting) {
+        self.links.insert(peer, setting);
     }
 
     fn append_change(&mut self, namespace: NamespaceId, change: &Change) {

@@ -20,6 +20,7 @@ mod channels;
 mod config;
 mod feed;
 mod links;
+mod pace;
 mod puller;
 mod relay;
 mod repair;
@@ -30,6 +31,7 @@ mod wire;
 pub use channels::LinkChannels;
 pub use config::ReplicationConfig;
 pub use links::Links;
+pub use repair::comparer::{CompareError, Comparer, Differences, KeyDifference};
 pub use server::{CatalogChange, CatalogChanges, LinkServer};
 pub use status::{
     LinkKey, LinkPhase, LinkStatus, LinkStatuses, RepairCounts, RepairProgress, Traffic,

@@ -1,17 +1,19 @@
 //! Starts and stops pullers as leadership of shards comes and goes.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tombolo_core::RegionId;
 use tombolo_shard::{Shard, Shards};
 
 use crate::{
     channels::LinkChannels,
     config::{REPAIRS_MAX, ReplicationConfig},
+    pace::Pace,
     puller::Puller,
     relay::Paths,
-    repair::Gate,
+    repair::{Gate, comparer::Comparer},
     status::LinkStatuses,
 };
 
@@ -23,6 +25,7 @@ pub struct Links {
     statuses: Arc<LinkStatuses>,
     /// Repairs that may still begin.
     repairs: Arc<Semaphore>,
+    paces: BTreeMap<RegionId, Arc<Pace>>,
 }
 
 impl Links {
@@ -30,7 +33,8 @@ impl Links {
     pub fn new(shards: Shards, config: ReplicationConfig) -> Self {
         let statuses = Arc::new(LinkStatuses::default());
         let repairs = Arc::new(Semaphore::new(REPAIRS_MAX));
-        Self { shards, config, channels: LinkChannels::default(), statuses, repairs }
+        let paces = shards.topology().peers().map(|peer| (peer.id, Arc::default())).collect();
+        Self { shards, config, channels: LinkChannels::default(), statuses, repairs, paces }
     }
 
     /// What the links are doing.
@@ -41,6 +45,15 @@ impl Links {
     /// Connections that other calls to the same regions may share.
     pub fn channels(&self) -> LinkChannels {
         self.channels.clone()
+    }
+
+    /// What lists differences between regions.
+    pub fn comparer(&self) -> Comparer {
+        Comparer {
+            channels: self.channels(),
+            statuses: self.statuses(),
+            config: self.config.clone(),
+        }
     }
 
     /// Pulls for every shard that this node leads, until `shutdown` fires.
@@ -62,6 +75,7 @@ impl Links {
         let catalog = self.shards.catalog().clone();
         let (channels, statuses) = (self.channels.clone(), Arc::clone(&self.statuses));
         let (config, repairs) = (self.config.clone(), Arc::clone(&self.repairs));
+        let (paces, settings) = (self.paces.clone(), self.shards.catalog_shard().store().clone());
         async move {
             let mut leadership = shard.group().leadership();
             loop {
@@ -83,6 +97,8 @@ impl Links {
                             channels: channels.clone(),
                             statuses: Arc::clone(&statuses),
                             paths: Arc::clone(&paths),
+                            settings: settings.clone(),
+                            pace: paces.get(&peer.id).cloned().unwrap_or_default(),
                             gate: gate.clone(),
                             repairs: Arc::clone(&repairs),
                             config: config.clone(),

@@ -19,12 +19,13 @@ use tokio_util::sync::CancellationToken;
 use tombolo_cluster::{Catalog, Region};
 use tombolo_core::{
     Change, NamespaceId, RegionId, Rule, VersionVector,
-    command::{Ingested, Stopped},
+    command::{Ingested, LinkSetting, Stopped},
     namespace::Namespace,
     pending::Pending,
 };
 use tombolo_proto::internal::v1::{self as pb, link_service_client::LinkServiceClient};
 use tombolo_shard::{Consistency, Shard, ShardError};
+use tombolo_storage::ShardStore;
 use tonic::{Code, Status, Streaming, codec::CompressionEncoding};
 
 use crate::{
@@ -34,6 +35,7 @@ use crate::{
         CONNECT_TIMEOUT, FRONTIER_INTERVAL, INGEST_TIMEOUT, ReplicationConfig, STALL_TIMEOUT,
         STREAM_MESSAGES_MAX,
     },
+    pace::Pace,
     relay::Paths,
     repair::{
         Gate,
@@ -46,6 +48,8 @@ use crate::{
 
 /// First pause after a repair that broke off.
 const RETRY_MIN: Duration = Duration::from_secs(1);
+/// Between two looks whether a paused link goes on.
+const PAUSED_INTERVAL: Duration = Duration::from_millis(500);
 /// Comparisons that look for a moment at which both regions have applied the same.
 const CHECKS_MAX: u32 = 10;
 
@@ -58,6 +62,10 @@ pub(crate) struct Puller {
     pub(crate) channels: LinkChannels,
     pub(crate) statuses: Arc<LinkStatuses>,
     pub(crate) paths: Arc<Paths>,
+    /// The replica of the catalog's shard, which keeps how operators want links to be.
+    pub(crate) settings: ShardStore,
+    /// Shared by all pullers of the node from the same peer.
+    pub(crate) pace: Arc<Pace>,
     /// Shared by all pullers of the shard.
     pub(crate) gate: Gate,
     /// Shared by all pullers of the node.
@@ -74,6 +82,9 @@ enum PullError {
     /// Try again after a pause.
     #[error("{0}")]
     Broken(String),
+    /// An operator has paused the link.
+    #[error("paused by an operator; `ctl link resume` goes on")]
+    Paused,
     /// This node's replica has ended.
     #[error("this node's replica of the shard has stopped")]
     Stopped,
@@ -101,6 +112,10 @@ impl Puller {
             }
             let pause = match &error {
                 PullError::Stopped => break,
+                PullError::Paused => {
+                    backoff.reset();
+                    PAUSED_INTERVAL
+                }
                 PullError::TryNext(_) if refused_in_a_row + 1 < self.peer.link_addresses.len() => {
                     refused_in_a_row += 1;
                     Duration::ZERO
@@ -118,7 +133,7 @@ impl Puller {
 
     fn report(&self, error: &PullError, streamed: bool, pause: Duration) {
         let reason = error.to_string();
-        if streamed {
+        if streamed && !matches!(error, PullError::Paused) {
             tracing::warn!(
                 shard = %self.shard.id(),
                 peer = %self.peer.name,
@@ -128,16 +143,28 @@ impl Puller {
         }
         for namespace in self.namespaces().into_keys() {
             self.statuses.update(self.key(namespace), |status| {
-                status.phase =
-                    if pause.is_zero() { LinkPhase::Connecting } else { LinkPhase::Blocked };
+                status.phase = match error {
+                    PullError::Paused => LinkPhase::Paused,
+                    _ if pause.is_zero() => LinkPhase::Connecting,
+                    _ => LinkPhase::Blocked,
+                };
+                status.repair = None;
                 status.last_error = Some(reason.clone());
-                status.next_retry = SystemTime::now().checked_add(pause);
+                status.next_retry = match error {
+                    PullError::Paused => None,
+                    _ => SystemTime::now().checked_add(pause),
+                };
             });
         }
     }
 
     fn key(&self, namespace: NamespaceId) -> LinkKey {
         LinkKey { peer: self.peer.id, namespace, shard: self.shard.id() }
+    }
+
+    /// What an operator has set for the link.
+    fn setting(&self) -> LinkSetting {
+        self.settings.links().get(&self.peer.id).copied().unwrap_or_default()
     }
 
     /// What to pull: all namespaces, and the catalog itself where it lives.
@@ -155,6 +182,9 @@ impl Puller {
     }
 
     async fn pull(&self, address: &str, progress: &mut Progress) -> Result<(), PullError> {
+        if self.setting().paused {
+            return Err(PullError::Paused);
+        }
         // A new leader may not have applied yet what its region acknowledged to the peer.
         let deadline = Instant::now() + CONNECT_TIMEOUT;
         let current =
@@ -250,7 +280,7 @@ struct Stream<'a> {
     /// The batch on its way through Raft.
     ingest: Option<BoxFuture<'static, (NamespaceId, Result<Ingested, ShardError>)>>,
     /// The repair under way. Dropping it is safe.
-    repair: Option<BoxFuture<'static, (NamespaceId, Purpose, Result<Found, RepairError>)>>,
+    repair: Option<BoxFuture<'static, Repaired>>,
     /// When all namespaces are compared next.
     check_at: Instant,
     /// The regions whose changes the peer sends besides its own.
@@ -261,6 +291,9 @@ struct Stream<'a> {
     moved: Instant,
     progress: &'a mut Progress,
 }
+
+/// What became of a repair.
+type Repaired = (NamespaceId, Purpose, Result<Found, RepairError>);
 
 /// How far a stream came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -313,6 +346,7 @@ impl Stream<'_> {
         loop {
             applied.borrow_and_update();
             gate.borrow_and_update();
+            let read_from = self.puller.pace.free_at();
             self.start_repair();
             self.start_ingest();
             let ingesting = self.ingest.is_some();
@@ -329,7 +363,10 @@ impl Stream<'_> {
                     self.repaired(id, purpose, result).await?;
                 }
                 changed = gate.changed() => changed.map_err(|_| PullError::Stopped)?,
-                message = stream.message() => {
+                () = tokio::time::sleep_until(read_from), if read_from > Instant::now() => {
+                    heard = Instant::now();
+                }
+                message = stream.message(), if read_from <= Instant::now() => {
                     heard = Instant::now();
                     match message {
                         Ok(Some(message)) => self.receive(message)?,
@@ -345,6 +382,9 @@ impl Stream<'_> {
                     self.subscribe().await?;
                 }
                 _ = ticks.tick() => {
+                    if self.puller.setting().paused {
+                        return Err(PullError::Paused);
+                    }
                     self.acknowledge_all().await?;
                     self.follow_relays().await?;
                     self.begin_untrimmed().await?;
@@ -496,6 +536,7 @@ impl Stream<'_> {
             lane.pending.push(change, size);
         }
         self.puller.statuses.count_received(self.puller.peer.id, bytes);
+        self.puller.pace.spend(bytes, self.puller.setting().bytes_per_second);
         self.puller.statuses.update(self.puller.key(id), |status| {
             status.received_events += events;
             status.received_bytes += bytes;
@@ -544,6 +585,7 @@ impl Stream<'_> {
                 namespace: Arc::clone(&lane.namespace),
                 channels: puller.channels.clone(),
                 statuses: Arc::clone(&puller.statuses),
+                pace: Some((Arc::clone(&puller.pace), puller.setting().bytes_per_second)),
                 config: puller.config.clone(),
             };
             self.repair = Some(Box::pin(async move {
@@ -597,7 +639,7 @@ impl Stream<'_> {
                         namespace = %lane.namespace.name,
                         ?found,
                         records = progress.as_ref().map_or(0, |it| it.records),
-                        received_bytes = progress.as_ref().map_or(0, |it| it.received_bytes),
+                        exchanged_bytes = progress.as_ref().map_or(0, |it| it.exchanged_bytes),
                         seconds = progress.map_or(0.0, |it| it.began.elapsed().as_secs_f64()),
                         "repaired"
                     );

@@ -10,6 +10,7 @@
 //!
 //! Not here: when to repair (`puller`).
 
+pub(crate) mod comparer;
 pub(crate) mod receiver;
 pub(crate) mod source;
 

@@ -31,6 +31,8 @@ pub enum LinkPhase {
     /// The peer's change log no longer reaches back to what this region has: taking over what
     /// differs, or waiting for the turn to.
     Repairing,
+    /// An operator has paused the link.
+    Paused,
     /// Waiting before the next attempt, or refused.
     Blocked,
 }
@@ -63,8 +65,8 @@ pub struct RepairProgress {
     pub leaves_done: usize,
     /// Records that were changed.
     pub records: u64,
-    /// Bytes received, before compression.
-    pub received_bytes: u64,
+    /// Bytes sent and received for it, before compression.
+    pub exchanged_bytes: u64,
     /// When the exchange began.
     pub began: Instant,
 }
@@ -72,7 +74,7 @@ pub struct RepairProgress {
 impl RepairProgress {
     pub(crate) fn new(leaves_total: usize) -> Self {
         let began = Instant::now();
-        Self { leaves_total, leaves_done: 0, records: 0, received_bytes: 0, began }
+        Self { leaves_total, leaves_done: 0, records: 0, exchanged_bytes: 0, began }
     }
 
     /// The part of the leaves that is exchanged, from 0 to 1.
@@ -104,8 +106,8 @@ pub struct RepairCounts {
     pub failed: u64,
     /// Records that were changed.
     pub records: u64,
-    /// Bytes received for them, before compression.
-    pub received_bytes: u64,
+    /// Bytes sent and received, comparisons included, before compression.
+    pub exchanged_bytes: u64,
 }
 
 /// Bytes of changes exchanged with a region since the process started, before compression.
@@ -151,6 +153,16 @@ impl LinkStatuses {
     /// Whether a repair was asked for since this was asked last.
     pub(crate) fn take_asked(&self, key: LinkKey) -> bool {
         self.asked.lock().remove(&key)
+    }
+
+    /// Counts bytes that a repair exchanged.
+    pub(crate) fn count_exchanged(&self, key: LinkKey, bytes: usize) {
+        self.count_repair(key.peer, |counts| counts.exchanged_bytes += bytes as u64);
+        if let Some(progress) =
+            self.links.write().get_mut(&key).and_then(|status| status.repair.as_mut())
+        {
+            progress.exchanged_bytes += bytes as u64;
+        }
     }
 
     pub(crate) fn count_repair(&self, peer: RegionId, count: impl FnOnce(&mut RepairCounts)) {

@@ -4,7 +4,7 @@
 //! linearizable read asks the leader for an index and is served from the local replica when that
 //! is applied, so any node answers reads.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{error::Error, future::Future, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 use tombolo_cluster::Topology;
@@ -271,9 +271,16 @@ impl Gateway {
     }
 }
 
-/// Whether a forwarded request was certainly not carried out, because its node did not lead.
+/// Whether a forwarded request was certainly not carried out: its node did not lead, or could not
+/// even be connected to.
 fn is_not_done(status: &Status) -> bool {
-    matches!(Reason::of(status), Some(Reason::NotLeader | Reason::NoLeader | Reason::Draining))
+    let refused =
+        matches!(Reason::of(status), Some(Reason::NotLeader | Reason::NoLeader | Reason::Draining));
+    refused || causes(status).any(|cause| cause.is::<tonic::ConnectError>())
+}
+
+fn causes(status: &Status) -> impl Iterator<Item = &(dyn Error + 'static)> {
+    std::iter::successors(Some(status as &(dyn Error + 'static)), |cause| cause.source())
 }
 
 /// A broken connection between nodes leaves a forwarded request's outcome open.
@@ -320,6 +327,16 @@ fn parse_timeout(text: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_node_that_cannot_be_connected_to_has_done_nothing() {
+        // Nothing listens on port 1.
+        let channel = NodeChannels::default().get("127.0.0.1:1").unwrap();
+        let mut client = NodeServiceClient::new(channel);
+        let refused = client.read_index(internal::ReadIndexRequest::default()).await.unwrap_err();
+        assert!(is_not_done(&refused), "{refused:?}");
+        assert!(!is_not_done(&Status::unavailable("the connection broke on the way")));
+    }
 
     #[test]
     fn timeouts_are_read_as_grpc_writes_them() {

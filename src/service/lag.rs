@@ -13,6 +13,8 @@ pub struct Lag {
     pub events: u64,
     /// The age of the oldest, in seconds; 0 if there is none.
     pub seconds: f64,
+    /// Bytes of the change log that hold them, as far as it still does.
+    pub bytes: u64,
 }
 
 /// A peer's lag in one shard of one namespace. Meaningful on the shard's leader.
@@ -22,7 +24,7 @@ pub struct Lag {
 pub fn lag_of(shard: &Shard, namespace: NamespaceId, peer: RegionId) -> Result<Lag, ShardError> {
     let actor = shard.topology().actor();
     let written = shard.frontier(namespace).get(actor);
-    // A peer that has not spoken to this leader yet has at least what was trimmed.
+    // A peer that has not spoken to this leader yet: what the log holds is all that can be told.
     let acknowledged = shard.peers().of(namespace, peer).map_or_else(
         || shard.store().trimmed(namespace).get(actor),
         |frontier| frontier.get(actor),
@@ -37,5 +39,6 @@ pub fn lag_of(shard: &Shard, namespace: NamespaceId, peer: RegionId) -> Result<L
         .map_or(0, |time| shard.clock().now().physical_ms().saturating_sub(time.physical_ms()));
     #[allow(clippy::cast_precision_loss, reason = "milliseconds of an age stay far below 2^53")]
     let seconds = age_ms as f64 / 1000.0;
-    Ok(Lag { events, seconds })
+    let bytes = shard.store().log_bytes_from(namespace, actor, acknowledged + 1)?;
+    Ok(Lag { events, seconds, bytes })
 }

@@ -9,6 +9,7 @@
 //! * Every error carries a [`reason::Reason`] from one catalogue.
 //! * No handler panics on input.
 
+mod anti_entropy;
 mod cluster;
 mod convert;
 mod forward;

@@ -103,6 +103,14 @@ descriptions! {
         "Bytes of changes sent to the region"
     REPLICATION_RECEIVED Counter "tombolo_replication_received_bytes_total" ["peer_region"]
         "Bytes of changes received from the region"
+    REPLICATION_BACKLOG_BYTES Gauge "tombolo_replication_backlog_bytes" ["peer_region"]
+        "Bytes of the change log that the region has not confirmed"
+    REPAIRS Counter "tombolo_repairs_total" ["peer_region", "result"]
+        "Repairs from the region: caught_up, equal, damage or failed"
+    REPAIR_RECORDS Counter "tombolo_repair_records_total" ["peer_region"]
+        "Records that repairs from the region changed"
+    REPAIR_EXCHANGED Counter "tombolo_repair_exchanged_bytes_total" ["peer_region"]
+        "Bytes sent and received by repairs from the region and comparisons with it"
     TOMBSTONES Gauge "tombolo_tombstones" []
         "Deletions kept until every region has them, in shards that this node leads"
     RAFT_LOG_SYNCS Counter "tombolo_raft_log_syncs_total" []
@@ -173,6 +181,19 @@ pub struct LinkNumbers {
     pub sent_bytes: u64,
     /// Since the process started.
     pub received_bytes: u64,
+    pub backlog_bytes: u64,
+    pub repairs: RepairNumbers,
+}
+
+/// What repairs from one region report, since the process started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RepairNumbers {
+    pub caught_up: u64,
+    pub equal: u64,
+    pub damage: u64,
+    pub failed: u64,
+    pub records: u64,
+    pub exchanged_bytes: u64,
 }
 
 /// What the node's Raft log reports.
@@ -223,6 +244,12 @@ struct ByPeer {
     peer_region: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByResult {
+    peer_region: String,
+    result: &'static str,
+}
+
 /// A gauge that takes any `u64`; the library's default gauge is signed.
 pub(crate) type GaugeU64 = Gauge<u64, AtomicU64>;
 pub(crate) type GaugeF64 = Gauge<f64, AtomicU64>;
@@ -245,6 +272,10 @@ pub struct Metrics {
     replication_backlog: Family<ByPeer, GaugeU64>,
     replication_sent: Family<ByPeer, Counter>,
     replication_received: Family<ByPeer, Counter>,
+    replication_backlog_bytes: Family<ByPeer, GaugeU64>,
+    repairs: Family<ByResult, Counter>,
+    repair_records: Family<ByPeer, Counter>,
+    repair_exchanged: Family<ByPeer, Counter>,
     raft_log_syncs: Counter,
     raft_log_written: Counter,
     raft_log_disk: GaugeU64,
@@ -292,6 +323,10 @@ impl Metrics {
             replication_backlog: register(r, &REPLICATION_BACKLOG),
             replication_sent: register(r, &REPLICATION_SENT),
             replication_received: register(r, &REPLICATION_RECEIVED),
+            replication_backlog_bytes: register(r, &REPLICATION_BACKLOG_BYTES),
+            repairs: register(r, &REPAIRS),
+            repair_records: register(r, &REPAIR_RECORDS),
+            repair_exchanged: register(r, &REPAIR_EXCHANGED),
             raft_log_syncs: register(r, &RAFT_LOG_SYNCS),
             raft_log_written: register(r, &RAFT_LOG_WRITTEN),
             raft_log_disk: register(r, &RAFT_LOG_DISK),
@@ -366,6 +401,19 @@ impl Metrics {
         self.replication_backlog.get_or_create(&labels).set(numbers.backlog_ops);
         raise(&self.replication_sent.get_or_create(&labels), numbers.sent_bytes);
         raise(&self.replication_received.get_or_create(&labels), numbers.received_bytes);
+        self.replication_backlog_bytes.get_or_create(&labels).set(numbers.backlog_bytes);
+        let repairs = &numbers.repairs;
+        raise(&self.repair_records.get_or_create(&labels), repairs.records);
+        raise(&self.repair_exchanged.get_or_create(&labels), repairs.exchanged_bytes);
+        for (result, count) in [
+            ("caught_up", repairs.caught_up),
+            ("equal", repairs.equal),
+            ("damage", repairs.damage),
+            ("failed", repairs.failed),
+        ] {
+            let labels = ByResult { peer_region: peer_region.to_owned(), result };
+            raise(&self.repairs.get_or_create(&labels), count);
+        }
     }
 
     pub fn set_disk(&self, free_bytes: u64, is_short: bool) {

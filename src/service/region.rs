@@ -5,39 +5,42 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures::future::{join_all, try_join_all};
+use futures::future::join_all;
 use tokio::time::Instant;
-use tombolo_core::NamespaceId;
+use tombolo_core::{NamespaceId, command::LinkSetting};
 use tombolo_proto::v1::{
     self as pb,
     region_service_client::RegionServiceClient,
     region_service_server::{RegionService, RegionServiceServer},
 };
-use tombolo_replication::{LinkKey, LinkPhase, LinkStatus, LinkStatuses};
-use tombolo_shard::{Consistency, Shard};
-use tombolo_storage::Summary;
-use tonic::{Request, Response, Status, metadata::MetadataValue, transport::Channel};
+use tombolo_replication::{Comparer, LinkKey, LinkPhase, LinkStatus, LinkStatuses};
+use tonic::{
+    Request, Response, Status,
+    metadata::{MetadataMap, MetadataValue},
+    transport::Channel,
+};
 
 use crate::{
+    anti_entropy::rows,
     forward::{THIS_NODE_ONLY, is_set},
-    gateway::Gateway,
+    gateway::{Call, Gateway, request as forwarded},
     lag::lag_of,
     reason::Reason,
-    status::not_implemented,
 };
 
 /// Serves regions and links.
 pub struct RegionApi {
-    gateway: Arc<Gateway>,
-    statuses: Arc<LinkStatuses>,
+    pub(crate) gateway: Arc<Gateway>,
+    pub(crate) statuses: Arc<LinkStatuses>,
+    pub(crate) comparer: Comparer,
 }
 
 const PEER_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl RegionApi {
     /// Serves what `statuses` say about this node's links, and the other nodes' of the region.
-    pub fn new(gateway: Arc<Gateway>, statuses: Arc<LinkStatuses>) -> Self {
-        Self { gateway, statuses }
+    pub fn new(gateway: Arc<Gateway>, statuses: Arc<LinkStatuses>, comparer: Comparer) -> Self {
+        Self { gateway, statuses, comparer }
     }
 
     /// The tonic service.
@@ -68,6 +71,13 @@ impl RegionApi {
             next_retry_time: status.next_retry.map(Into::into),
             received_events: status.received_events,
             received_bytes: status.received_bytes,
+            unacknowledged_bytes: lag.bytes,
+            repair: status.repair.map(|progress| pb::RepairProgress {
+                share: progress.share(),
+                seconds_left: progress.time_left().map_or(0.0, |left| left.as_secs_f64()),
+                records: progress.records,
+                exchanged_bytes: progress.exchanged_bytes,
+            }),
         }
     }
 
@@ -75,7 +85,7 @@ impl RegionApi {
     async fn all_links(&self) -> (Vec<pb::Link>, Vec<String>) {
         let mut links = self.own_links();
         let (answers, unreachable) = self
-            .ask_others(|channel| async move {
+            .ask_others(PEER_TIMEOUT, |channel| async move {
                 let request = this_node_only(pb::ListLinksRequest::default());
                 let reply = RegionServiceClient::new(channel).list_links(request).await?;
                 Ok(reply.into_inner().links)
@@ -90,7 +100,7 @@ impl RegionApi {
         (links, unreachable)
     }
 
-    fn namespace_name(&self, id: NamespaceId) -> String {
+    pub(crate) fn namespace_name(&self, id: NamespaceId) -> String {
         match self.gateway.shards().catalog().current().with_id(id) {
             Some(namespace) => namespace.name.clone(),
             None if id == NamespaceId::CATALOG => "catalog".to_owned(),
@@ -98,57 +108,11 @@ impl RegionApi {
         }
     }
 
-    fn own_tombstones(&self) -> Result<Vec<pb::Tombstones>, Status> {
-        let topology = self.gateway.topology();
-        let mut found = Vec::new();
-        for shard in self.gateway.shards().iter().filter(|shard| shard.is_leader()) {
-            for (namespace, count) in shard.store().tombstone_counts() {
-                let waits_for = shard.tombstones_wait_for(namespace);
-                let waits_for = waits_for.map_err(|error| self.gateway.status(error))?;
-                found.push(pb::Tombstones {
-                    namespace: self.namespace_name(namespace),
-                    shard: u32::from(shard.id().0),
-                    node_id: topology.node.0,
-                    count,
-                    waits_for_regions: waits_for
-                        .into_iter()
-                        .map(|region| topology.region_name(region))
-                        .collect(),
-                });
-            }
-        }
-        Ok(found)
-    }
-
-    async fn own_summaries(
-        &self,
-        namespace: &str,
-        deadline: Instant,
-    ) -> Result<Vec<pb::ShardSummary>, Status> {
-        let namespace = self.gateway.namespace(namespace, deadline).await?;
-        let led: Vec<&Shard> =
-            self.gateway.shards().iter().filter(|shard| shard.is_leader()).collect();
-        try_join_all(led.into_iter().map(|shard| async {
-            // As of now: a leader that was replaced would answer for the past.
-            let fresh = Consistency::Linearizable;
-            self.gateway.prepare_read(shard, namespace.id, &fresh, deadline).await?;
-            let Summary { frontier, root, is_exact } = shard.store().summary(namespace.id);
-            Ok(pb::ShardSummary {
-                shard: u32::from(shard.id().0),
-                node_id: self.gateway.topology().node.0,
-                frontier: frontier.to_bytes(),
-                root,
-                repairing: !is_exact,
-            })
-        }))
-        .await
-    }
-
     /// The tombstones of all nodes of the region, and the nodes that did not answer.
     async fn all_tombstones(&self) -> Result<(Vec<pb::Tombstones>, Vec<String>), Status> {
-        let mut found = self.own_tombstones()?;
+        let mut found = self.own_tombstones().await?;
         let (answers, unreachable) = self
-            .ask_others(|channel| async move {
+            .ask_others(PEER_TIMEOUT, |channel| async move {
                 let request = this_node_only(pb::ListTombstonesRequest::default());
                 let reply = RegionServiceClient::new(channel).list_tombstones(request).await?;
                 Ok(reply.into_inner().tombstones)
@@ -161,8 +125,34 @@ impl RegionApi {
         Ok((found, unreachable))
     }
 
+    /// Changes how this region pulls from a peer, here or at the leader of the catalog's shard.
+    async fn change_link<F>(
+        &self,
+        peer: &str,
+        call: Call,
+        change: impl Fn(LinkSetting) -> LinkSetting,
+        remote: impl FnMut(Channel, MetadataMap) -> F,
+    ) -> Result<(), Status>
+    where
+        F: Future<Output = Result<(), Status>>,
+    {
+        let peer = self.peer(peer)?;
+        let shard = self.gateway.shards().catalog_shard();
+        let (deadline, change) = (call.deadline, &change);
+        let local = || async move {
+            let setting = shard.store().links().get(&peer).copied().unwrap_or_default();
+            let set = shard.set_link(peer, change(setting), deadline).await;
+            set.map_err(|error| self.gateway.status(error))
+        };
+        self.gateway.on_leader(shard, call, local, remote).await
+    }
+
     /// Asks all other nodes of the region; names those that do not answer in time.
-    async fn ask_others<T, F>(&self, ask: impl Fn(Channel) -> F) -> (Vec<T>, Vec<String>)
+    async fn ask_others<T, F>(
+        &self,
+        patience: Duration,
+        ask: impl Fn(Channel) -> F,
+    ) -> (Vec<T>, Vec<String>)
     where
         F: Future<Output = Result<T, Status>>,
     {
@@ -172,7 +162,7 @@ impl RegionApi {
             let asked = self.gateway.channels().get(&node.client).map(&ask);
             async move {
                 let answer = async { asked?.await };
-                (node.id, tokio::time::timeout(PEER_TIMEOUT, answer).await)
+                (node.id, tokio::time::timeout(patience, answer).await)
             }
         });
         let (mut answers, mut unreachable) = (Vec::new(), Vec::new());
@@ -240,6 +230,7 @@ fn phase(phase: LinkPhase) -> pb::LinkPhase {
         LinkPhase::Connecting => pb::LinkPhase::Connecting,
         LinkPhase::Streaming => pb::LinkPhase::Streaming,
         LinkPhase::Repairing => pb::LinkPhase::Repairing,
+        LinkPhase::Paused => pb::LinkPhase::Paused,
         LinkPhase::Blocked => pb::LinkPhase::Blocked,
     }
 }
@@ -292,7 +283,7 @@ impl RegionService for RegionApi {
         request: Request<pb::ListTombstonesRequest>,
     ) -> Result<Response<pb::ListTombstonesResponse>, Status> {
         let (mut tombstones, unreachable) = if is_set(request.metadata(), THIS_NODE_ONLY) {
-            (self.own_tombstones()?, Vec::new())
+            (self.own_tombstones().await?, Vec::new())
         } else {
             self.all_tombstones().await?
         };
@@ -313,7 +304,7 @@ impl RegionService for RegionApi {
         if !only_here {
             let message = pb::SummarizeNamespaceRequest { namespace };
             let (answers, silent) = self
-                .ask_others(|channel| {
+                .ask_others(PEER_TIMEOUT, |channel| {
                     let request = this_node_only(message.clone());
                     async move {
                         let mut client = RegionServiceClient::new(channel);
@@ -330,22 +321,138 @@ impl RegionService for RegionApi {
 
     async fn pause_link(
         &self,
-        _: Request<pb::PauseLinkRequest>,
+        request: Request<pb::PauseLinkRequest>,
     ) -> Result<Response<pb::PauseLinkResponse>, Status> {
-        Err(not_implemented("PauseLink"))
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        let ask = |channel, metadata| {
+            let asked = forwarded(message.clone(), metadata);
+            async move { RegionServiceClient::new(channel).pause_link(asked).await.map(drop) }
+        };
+        let pause = |setting: LinkSetting| LinkSetting { paused: true, ..setting };
+        self.change_link(&message.peer_region, call, pause, ask).await?;
+        Ok(Response::new(pb::PauseLinkResponse {}))
     }
 
     async fn resume_link(
         &self,
-        _: Request<pb::ResumeLinkRequest>,
+        request: Request<pb::ResumeLinkRequest>,
     ) -> Result<Response<pb::ResumeLinkResponse>, Status> {
-        Err(not_implemented("ResumeLink"))
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        let ask = |channel, metadata| {
+            let asked = forwarded(message.clone(), metadata);
+            async move { RegionServiceClient::new(channel).resume_link(asked).await.map(drop) }
+        };
+        let resume = |setting: LinkSetting| LinkSetting { paused: false, ..setting };
+        self.change_link(&message.peer_region, call, resume, ask).await?;
+        Ok(Response::new(pb::ResumeLinkResponse {}))
+    }
+
+    async fn limit_link(
+        &self,
+        request: Request<pb::LimitLinkRequest>,
+    ) -> Result<Response<pb::LimitLinkResponse>, Status> {
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        let ask = |channel, metadata| {
+            let asked = forwarded(message.clone(), metadata);
+            async move { RegionServiceClient::new(channel).limit_link(asked).await.map(drop) }
+        };
+        let bytes_per_second = message.bytes_per_second;
+        let limit = |setting: LinkSetting| LinkSetting { bytes_per_second, ..setting };
+        self.change_link(&message.peer_region, call, limit, ask).await?;
+        Ok(Response::new(pb::LimitLinkResponse {}))
     }
 
     async fn start_repair(
         &self,
-        _: Request<pb::StartRepairRequest>,
+        request: Request<pb::StartRepairRequest>,
     ) -> Result<Response<pb::StartRepairResponse>, Status> {
-        Err(not_implemented("StartRepair"))
+        let call = self.gateway.call(request.metadata());
+        let only_here = is_set(request.metadata(), THIS_NODE_ONLY);
+        let message = request.into_inner();
+        let peer = self.peer(&message.peer_region)?;
+        let namespace = match message.namespace.as_str() {
+            "" => None,
+            name => Some(self.gateway.namespace(name, call.deadline).await?),
+        };
+        let mut links = self.ask_repairs(peer, namespace.as_deref());
+        let mut unreachable = Vec::new();
+        if !only_here {
+            let (answers, silent) = self
+                .ask_others(PEER_TIMEOUT, |channel| {
+                    let request = this_node_only(message.clone());
+                    async move {
+                        let mut client = RegionServiceClient::new(channel);
+                        Ok(client.start_repair(request).await?.into_inner().links)
+                    }
+                })
+                .await;
+            links += answers.into_iter().sum::<u32>();
+            unreachable = silent;
+        }
+        Ok(Response::new(pb::StartRepairResponse { links, unreachable }))
+    }
+
+    async fn list_differences(
+        &self,
+        request: Request<pb::ListDifferencesRequest>,
+    ) -> Result<Response<pb::ListDifferencesResponse>, Status> {
+        let call = self.gateway.call(request.metadata());
+        let only_here = is_set(request.metadata(), THIS_NODE_ONLY);
+        let message = request.into_inner();
+        let peer = self.peer(&message.peer_region)?;
+        let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
+        let limit = rows(message.limit);
+        let (mut shards, mut unreachable) = self.own_differences(peer, &namespace, limit).await;
+        if !only_here {
+            let patience = call.deadline.saturating_duration_since(Instant::now());
+            let (answers, silent) = self
+                .ask_others(patience, |channel| {
+                    let request = this_node_only(message.clone());
+                    async move {
+                        let mut client = RegionServiceClient::new(channel);
+                        Ok(client.list_differences(request).await?.into_inner())
+                    }
+                })
+                .await;
+            for answer in answers {
+                shards.extend(answer.shards);
+                unreachable.extend(answer.unreachable);
+            }
+            unreachable.extend(silent);
+        }
+        shards.sort_by_key(|row| row.shard);
+        Ok(Response::new(pb::ListDifferencesResponse { shards, unreachable }))
+    }
+
+    async fn list_at_risk(
+        &self,
+        request: Request<pb::ListAtRiskRequest>,
+    ) -> Result<Response<pb::ListAtRiskResponse>, Status> {
+        let only_here = is_set(request.metadata(), THIS_NODE_ONLY);
+        let message = request.into_inner();
+        let mut shards = self.own_at_risk(rows(message.limit)).await?;
+        let mut unreachable = Vec::new();
+        if !only_here {
+            let (answers, silent) = self
+                .ask_others(PEER_TIMEOUT, |channel| {
+                    let request = this_node_only(message.clone());
+                    async move {
+                        let mut client = RegionServiceClient::new(channel);
+                        Ok(client.list_at_risk(request).await?.into_inner().shards)
+                    }
+                })
+                .await;
+            shards.extend(answers.into_iter().flatten());
+            unreachable = silent;
+        }
+        let namespace = message.namespace;
+        shards.retain(|row| namespace.is_empty() || row.namespace == namespace);
+        shards.sort_by(|left, right| {
+            (&left.namespace, left.shard).cmp(&(&right.namespace, right.shard))
+        });
+        Ok(Response::new(pb::ListAtRiskResponse { shards, unreachable }))
     }
 }

@@ -1,8 +1,10 @@
 //! Collection: what a shard's leader lets its replicas forget.
 //!
 //! Three things stay behind and are not data: the outcomes of requests, kept so that a repeat is
-//! recognised, the change log, kept until every region has it, and tombstones, kept until nothing
-//! can come any more that has not seen the deletion. The leader looks at them now and then and
+//! recognised, the change log, kept until every region has it or it exceeds its budget, and
+//! tombstones, kept until nothing can come any more that has not seen the deletion. Values that
+//! have expired are hidden from reads at once and deleted here, by the region that wrote them, with
+//! a deletion like any other. The leader looks at them now and then and
 //! proposes what may go; replicas forget exactly that, in log order.
 
 use std::{collections::BTreeMap, time::Duration};
@@ -11,7 +13,6 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tombolo_core::{HybridTime, NamespaceId, RegionId, ShardId};
-use tombolo_storage::StorageError;
 
 use crate::{error::ShardError, shard::Shard, shards::Shards};
 
@@ -41,6 +42,8 @@ impl Default for CollectConfig {
 const REQUESTS_PER_COMMAND: usize = 4096;
 /// Tombstones looked at for one command: with the longest keys, a quarter of the least log entry.
 const TOMBSTONES_PER_COMMAND: usize = 256;
+/// Values deleted by one command: they become one change, which other regions apply whole.
+const VALUES_PER_COMMAND: usize = 128;
 /// Commands of one look at one shard, so that no shard starves the others.
 const COMMANDS_PER_LOOK: usize = 32;
 /// How long one proposal may take.
@@ -104,12 +107,29 @@ impl Collector {
         horizon
     }
 
-    /// Tries all three, whatever becomes of the others, and answers the first error.
+    /// Tries all four, whatever becomes of the others, and answers the first error.
     async fn collect(&mut self, shard: &Shard, horizon: HybridTime) -> Result<(), ShardError> {
         let trimmed = self.trim_change_log(shard).await;
         let collected = self.collect_tombstones(shard).await;
         let forgotten = self.forget_requests(shard, horizon).await;
-        trimmed.and(collected).and(forgotten)
+        let expired = self.expire_values(shard).await;
+        trimmed.and(collected).and(forgotten).and(expired)
+    }
+
+    async fn expire_values(&self, shard: &Shard) -> Result<(), ShardError> {
+        let region = self.shards.topology().region;
+        for namespace in self.shards.catalog().current().iter() {
+            for _ in 0..COMMANDS_PER_LOOK {
+                let (store, id, now) = (shard.store().clone(), namespace.id, shard.clock().now());
+                let search = move || store.expired_values(id, region, now, VALUES_PER_COMMAND);
+                let expired = blocking(search).await?;
+                if expired.is_empty() {
+                    break;
+                }
+                shard.expire(namespace, expired, Instant::now() + PROPOSAL_TIMEOUT).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Goes on where the last look ended, so that many that must stay do not hide those behind.
@@ -182,9 +202,12 @@ impl Collector {
 }
 
 /// Reads the store on a thread that may wait for the disk.
-pub(crate) async fn blocking<T: Send + 'static>(
-    read: impl FnOnce() -> Result<T, StorageError> + Send + 'static,
-) -> Result<T, StorageError> {
+///
+/// # Errors
+/// What `read` answers.
+pub async fn blocking<T: Send + 'static, E: Send + 'static>(
+    read: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, E> {
     match tokio::task::spawn_blocking(read).await {
         Ok(found) => found,
         Err(panic) => std::panic::resume_unwind(panic.into_panic()),

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::time::Instant;
 use tombolo_core::{
-    Change, Command, Content, NamespaceId, Outcome, RequestId, VersionVector,
+    Change, Command, Content, Dot, NamespaceId, Outcome, RegionId, RequestId, VersionVector,
     command::{
-        Advance, Check, Collect, FailedCheck, Ingest, Ingested, Merge, Merged, Operation, Trim,
-        Write, Written,
+        Advance, Check, Collect, Expire, FailedCheck, Ingest, Ingested, LinkSetting, Merge, Merged,
+        Operation, Trim, Write, Written,
     },
     namespace::Namespace,
 };
@@ -104,6 +104,7 @@ impl Shard {
                 }
                 Outcome::Ingested(_)
                 | Outcome::Collected(_)
+                | Outcome::Expired(_)
                 | Outcome::Merged(_)
                 | Outcome::Advanced(_)
                 | Outcome::OwnChangeUnknown
@@ -209,6 +210,37 @@ impl Shard {
     ) -> Result<(), ShardError> {
         let command = Command::Collect(Collect { namespace, stable, keys });
         self.propose(&command, deadline).await.map(|_| ())
+    }
+
+    /// Deletes values of this region's writes that have expired.
+    pub(crate) async fn expire(
+        &self,
+        namespace: &Namespace,
+        values: Vec<(Bytes, Dot)>,
+        deadline: Instant,
+    ) -> Result<(), ShardError> {
+        let expire = Expire {
+            namespace: namespace.id,
+            rule: namespace.rule,
+            actor: self.inner.topology.actor(),
+            time: self.inner.clock.stamp(),
+            values,
+        };
+        self.propose(&Command::Expire(expire), deadline).await.map(|_| ())
+    }
+
+    /// Changes how this region pulls from `peer`. Kept by the catalog's shard, of which every node
+    /// has a replica.
+    ///
+    /// # Errors
+    /// See [`ShardError`]. Repeating is harmless.
+    pub async fn set_link(
+        &self,
+        peer: RegionId,
+        setting: LinkSetting,
+        deadline: Instant,
+    ) -> Result<(), ShardError> {
+        self.propose(&Command::SetLink(peer, setting), deadline).await.map(|_| ())
     }
 
     /// Forgets the outcomes of old requests.

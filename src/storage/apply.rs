@@ -12,15 +12,20 @@ use std::{cell::RefCell, collections::BTreeMap};
 use bytes::Bytes;
 use rocksdb::{WriteBatch, WriteOptions};
 use tombolo_core::{
-    Actor, Change, NamespaceId, Outcome, Record, RequestId, ShardState, VersionVector,
-    command::Remembered, decode_batch, execute, ledger::LedgerEntry, merkle,
+    Actor, Change, Content, NamespaceId, Outcome, Record, RegionId, RequestId, ShardState,
+    VersionVector,
+    command::{LinkSetting, Remembered},
+    decode_batch, execute,
+    ledger::LedgerEntry,
+    merkle,
+    record::Sibling,
 };
 
 use crate::{
     Position, ShardStore, StorageError,
     changes::{HEADER_BYTES, encode_header},
-    layout::{Keys, Meta, TreeKey, ledger_id},
-    shard::{Applying, Shard, encode_membership, encode_vector},
+    layout::{Expiring, Keys, Meta, TreeKey, ledger_id},
+    shard::{Applying, Shard, encode_links, encode_membership, encode_vector},
     tree::{Gathered, LeafChanges, encode_block, encode_changes},
 };
 
@@ -91,33 +96,51 @@ impl ShardStore {
     }
 }
 
-/// Where the store holds a record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where the store holds a record, and what it indexes of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Stored {
     Nowhere,
-    /// Among the records, with this digest.
-    Live(u64),
+    /// Among the records, with this digest and these values that expire.
+    Live(u64, Vec<Expiring>),
     /// Among the tombstones.
     Dead,
 }
 
 impl Stored {
     fn of(key: &[u8], record: Option<&Record>) -> Self {
-        match record {
+        match record.map(|record| (record, merkle::digest(key, record))) {
             None => Self::Nowhere,
-            Some(record) => match merkle::digest(key, record) {
-                0 => Self::Dead,
-                digest => Self::Live(digest),
-            },
+            Some((_, 0)) => Self::Dead,
+            Some((record, digest)) => Self::Live(digest, expiring(record)),
         }
     }
 
-    const fn digest(self) -> u64 {
+    const fn digest(&self) -> u64 {
         match self {
-            Self::Live(digest) => digest,
+            Self::Live(digest, _) => *digest,
             Self::Nowhere | Self::Dead => 0,
         }
     }
+
+    fn expiring(&self) -> &[Expiring] {
+        match self {
+            Self::Live(_, expiring) => expiring,
+            Self::Nowhere | Self::Dead => &[],
+        }
+    }
+
+    const fn is_live(&self) -> bool {
+        matches!(self, Self::Live(..))
+    }
+}
+
+/// The values of a record that expire.
+fn expiring(record: &Record) -> Vec<Expiring> {
+    let value = |held: &Sibling| match held.content {
+        Content::Value { expire: Some(at), .. } => Some(Expiring { at, dot: held.dot }),
+        Content::Value { expire: None, .. } | Content::Tombstone => None,
+    };
+    record.siblings().iter().filter_map(value).collect()
 }
 
 /// A record that the run changes.
@@ -160,6 +183,7 @@ struct Run<'a> {
     frontiers: BTreeMap<NamespaceId, VersionVector>,
     trimmed: BTreeMap<NamespaceId, VersionVector>,
     ahead: BTreeMap<NamespaceId, VersionVector>,
+    links: Option<BTreeMap<RegionId, LinkSetting>>,
     /// Results that were remembered (`None`: forgotten) in this run.
     requests: BTreeMap<RequestId, Option<Bytes>>,
     /// The changes that were appended in this run.
@@ -212,6 +236,7 @@ impl<'a> Run<'a> {
             frontiers: BTreeMap::new(),
             trimmed: BTreeMap::new(),
             ahead: BTreeMap::new(),
+            links: None,
             requests: BTreeMap::new(),
             appended: BTreeMap::new(),
             membership: None,
@@ -293,6 +318,9 @@ impl<'a> Run<'a> {
             let key = self.keys.meta(Meta::Ahead(namespace));
             self.batch.put(key, encode_vector(ahead));
         }
+        if let Some(links) = &self.links {
+            self.batch.put(self.keys.meta(Meta::Links), encode_links(links));
+        }
         if let Some((position, membership)) = &self.membership {
             let value = encode_membership(*position, membership);
             self.batch.put(self.keys.meta(Meta::Membership), value);
@@ -331,6 +359,9 @@ impl<'a> Run<'a> {
             view.frontiers.extend(self.frontiers);
             view.trimmed.extend(self.trimmed);
             view.ahead.extend(self.ahead);
+            if let Some(links) = self.links {
+                view.links = links;
+            }
         }
         shard.applied.send_replace(last.index);
         if moved {
@@ -347,11 +378,11 @@ impl<'a> Run<'a> {
             let mut leaves = LeafChanges::new();
             for (key, Touched { was, now }) in records {
                 let is = Stored::of(key, now.as_ref());
-                match (now, is) {
-                    (Some(record), Stored::Live(_)) => {
+                match now {
+                    Some(record) if is.is_live() => {
                         self.batch.put(self.keys.record(namespace, key), record.to_bytes());
                     }
-                    _ if matches!(was, Stored::Live(_)) => {
+                    _ if was.is_live() => {
                         self.batch.delete(self.keys.record(namespace, key));
                     }
                     _ => {}
@@ -360,15 +391,16 @@ impl<'a> Run<'a> {
                 if change != 0 {
                     leaves.push((merkle::leaf_of(key), change));
                 }
-                match (was, is) {
-                    (Stored::Live(_), Stored::Live(_)) => {}
-                    (_, Stored::Live(_)) => {
-                        self.batch.put(self.keys.hash(namespace, key), b"");
-                    }
-                    (Stored::Live(_), _) => {
-                        self.batch.delete(self.keys.hash(namespace, key));
-                    }
-                    _ => {}
+                match (was.is_live(), is.is_live()) {
+                    (false, true) => self.batch.put(self.keys.hash(namespace, key), b""),
+                    (true, false) => self.batch.delete(self.keys.hash(namespace, key)),
+                    (true, true) | (false, false) => {}
+                }
+                for value in was.expiring().iter().filter(|it| !is.expiring().contains(it)) {
+                    self.batch.delete(self.keys.expiry(namespace, key, *value));
+                }
+                for value in is.expiring().iter().filter(|it| !was.expiring().contains(it)) {
+                    self.batch.put(self.keys.expiry(namespace, key, *value), b"");
                 }
             }
             if !leaves.is_empty() {
@@ -428,7 +460,7 @@ impl<'a> Run<'a> {
             && *read_namespace == namespace
             && read_key == key
         {
-            return Ok(*stored);
+            return Ok(stored.clone());
         }
         Ok(Stored::of(key, self.record(namespace, key)?.as_ref()))
     }
@@ -556,6 +588,11 @@ impl ShardState for Run<'_> {
 
     fn set_ahead(&mut self, namespace: NamespaceId, ahead: VersionVector) {
         self.ahead.insert(namespace, ahead);
+    }
+
+    fn set_link(&mut self, peer: RegionId, setting: LinkSetting) {
+        let links = self.links.get_or_insert_with(|| self.shard.view.read().links.clone());
+        links.insert(peer, setting);
     }
 
     fn logged(

@@ -168,6 +168,25 @@ impl ShardStore {
         }
     }
 
+    /// Bytes of an actor's log from the change that holds `from_seq` on, before compression, as
+    /// far as the log still has it.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn log_bytes_from(
+        &self,
+        namespace: NamespaceId,
+        actor: Actor,
+        from_seq: u64,
+    ) -> Result<u64, StorageError> {
+        let shard = &*self.inner;
+        let Some((_, end)) = self.log_bytes(namespace, actor)? else { return Ok(0) };
+        let mut pairs = shard.log(namespace, actor, from_seq);
+        pairs.seek_to_first();
+        let Some(first) = pairs.value() else { return shard.check(&pairs).map(|()| 0) };
+        Ok(end - shard.log_end_of(first)?.saturating_sub(first.len() as u64))
+    }
+
     /// Size of a namespace's change log, in bytes before compression: a few seeks.
     ///
     /// # Errors

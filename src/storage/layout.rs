@@ -12,6 +12,7 @@
 //! | 5 dedup | client u64, number u64 | results of the request |
 //! | 6 hash | namespace u32, hash of the key u64, the user's key | nothing: the keys of a leaf are a range |
 //! | 7 tree | namespace u32, then 0 and a leaf's high byte, or 1 and a log index u64 | see `tree.rs` |
+//! | 9 expiry | namespace u32, region u16, time u64, incarnation u32, seq u64, the user's key | nothing: values of a region's writes, by the time at which they expire |
 //! | 8 tombstone | namespace u32, the user's key | `core::Record` without a value |
 //!
 //! Keys of the whole store start with `0xffff`, which is no shard. `docs/format.md` describes
@@ -20,7 +21,9 @@
 //! Invariant: no two shards share a prefix, and nothing of a shard lies outside [`shard_start`]
 //! to [`shard_end`].
 
-use tombolo_core::{Actor, NamespaceId, RequestId, ShardId, ledger::LedgerId, merkle};
+use tombolo_core::{
+    Actor, Dot, HybridTime, NamespaceId, RegionId, RequestId, ShardId, ledger::LedgerId, merkle,
+};
 
 /// Bytes before a key's rest.
 pub(crate) const PREFIX_BYTES: usize = 3;
@@ -48,6 +51,8 @@ pub(crate) enum Kind {
     Tree = 7,
     /// Records without a value, apart from those that scans read.
     Tombstone = 8,
+    /// Values that expire, by time.
+    Expiry = 9,
 }
 
 /// Facts about a shard.
@@ -63,6 +68,8 @@ pub(crate) enum Meta {
     Trimmed(NamespaceId),
     /// Up to where records of a namespace may be ahead of its frontier.
     Ahead(NamespaceId),
+    /// How this region pulls from others.
+    Links,
 }
 
 impl Meta {
@@ -72,6 +79,7 @@ impl Meta {
         match rest {
             [1] => Some(Self::Applied),
             [2] => Some(Self::Membership),
+            [6] => Some(Self::Links),
             [3, rest @ ..] => Some(Self::Frontier(namespace(rest)?)),
             [4, rest @ ..] => Some(Self::Trimmed(namespace(rest)?)),
             [5, rest @ ..] => Some(Self::Ahead(namespace(rest)?)),
@@ -108,6 +116,7 @@ impl Keys {
         let (field, namespace) = match meta {
             Meta::Applied => (1, None),
             Meta::Membership => (2, None),
+            Meta::Links => (6, None),
             Meta::Frontier(namespace) => (3, Some(namespace)),
             Meta::Trimmed(namespace) => (4, Some(namespace)),
             Meta::Ahead(namespace) => (5, Some(namespace)),
@@ -135,6 +144,28 @@ impl Keys {
     pub(crate) fn hash(&mut self, namespace: NamespaceId, key: &[u8]) -> &[u8] {
         self.in_namespace(Kind::Hash, namespace, &merkle::place_of(key).to_be_bytes());
         self.buffer.extend_from_slice(key);
+        &self.buffer
+    }
+
+    /// Names a value that expires.
+    pub(crate) fn expiry(&mut self, namespace: NamespaceId, key: &[u8], value: Expiring) -> &[u8] {
+        let Expiring { at, dot } = value;
+        self.expiry_start(namespace, dot.actor.region, at);
+        self.buffer.extend_from_slice(&dot.actor.incarnation.to_be_bytes());
+        self.buffer.extend_from_slice(&dot.seq.to_be_bytes());
+        self.buffer.extend_from_slice(key);
+        &self.buffer
+    }
+
+    /// Where values of a region's writes begin that expire at `at` or later.
+    pub(crate) fn expiry_start(
+        &mut self,
+        namespace: NamespaceId,
+        region: RegionId,
+        at: HybridTime,
+    ) -> &[u8] {
+        self.in_namespace(Kind::Expiry, namespace, &region.0.to_be_bytes());
+        self.buffer.extend_from_slice(&at.to_bits().to_be_bytes());
         &self.buffer
     }
 
@@ -225,6 +256,27 @@ impl Keys {
     }
 }
 
+/// A value that expires.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Expiring {
+    pub(crate) at: HybridTime,
+    /// The write that created it.
+    pub(crate) dot: Dot,
+}
+
+const EXPIRY_PREFIX_BYTES: usize = RECORD_PREFIX_BYTES + 2 + 8 + 4 + 8;
+
+/// Reads an expiry key: the value, and the user's key.
+pub(crate) fn expiring(key: &[u8]) -> Option<(Expiring, &[u8])> {
+    let rest = key.get(RECORD_PREFIX_BYTES..)?;
+    let region = RegionId(u16::from_be_bytes(rest.get(..2)?.try_into().ok()?));
+    let at = HybridTime::from_bits(u64::from_be_bytes(rest.get(2..10)?.try_into().ok()?));
+    let incarnation = u32::from_be_bytes(rest.get(10..14)?.try_into().ok()?);
+    let seq = u64::from_be_bytes(rest.get(14..22)?.try_into().ok()?);
+    let dot = Dot { actor: Actor { region, incarnation }, seq };
+    Some((Expiring { at, dot }, key.get(EXPIRY_PREFIX_BYTES..)?))
+}
+
 /// A part of a namespace's Merkle tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TreeKey {
@@ -277,7 +329,7 @@ pub(crate) fn change_actor(key: &[u8]) -> Option<(NamespaceId, Actor)> {
         return None;
     }
     let namespace = NamespaceId(u32::from_be_bytes(key[3..7].try_into().ok()?));
-    let region = tombolo_core::RegionId(u16::from_be_bytes(key[7..9].try_into().ok()?));
+    let region = RegionId(u16::from_be_bytes(key[7..9].try_into().ok()?));
     let incarnation = u32::from_be_bytes(key[9..13].try_into().ok()?);
     Some((namespace, Actor { region, incarnation }))
 }
@@ -299,8 +351,6 @@ pub(crate) fn ledger_id(id: LedgerId) -> [u8; 16] {
 
 #[cfg(test)]
 mod tests {
-    use tombolo_core::RegionId;
-
     use super::*;
 
     const SHARD: ShardId = ShardId(258);
@@ -329,7 +379,12 @@ mod tests {
         let last = keys.leaf_end(NamespaceId(5), u16::MAX).to_vec();
         assert_eq!(last, keys.namespace_end(Kind::Hash, NamespaceId(5)));
 
-        for key in [change, dedup, record, hash] {
+        let value = Expiring { at: HybridTime::from_bits(77), dot: Dot { actor, seq: 5 } };
+        let expiry = keys.expiry(NamespaceId(5), b"k", value).to_vec();
+        assert_eq!(expiring(&expiry), Some((value, &b"k"[..])));
+        assert!(expiry > keys.expiry_start(NamespaceId(5), actor.region, value.at).to_vec());
+
+        for key in [change, dedup, record, hash, expiry] {
             assert!(start < key && key < end);
         }
     }
@@ -344,6 +399,7 @@ mod tests {
             Meta::Frontier(namespace),
             Meta::Trimmed(namespace),
             Meta::Ahead(namespace),
+            Meta::Links,
         ];
         for meta in all {
             assert_eq!(Meta::from_rest(&keys.meta(meta)[PREFIX_BYTES..]), Some(meta));

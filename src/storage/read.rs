@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use tombolo_core::{
-    HybridTime, NamespaceId, Record, RequestId,
+    Dot, HybridTime, NamespaceId, Record, RegionId, RequestId,
     command::Remembered,
     ledger::{LedgerEntry, LedgerId},
 };
@@ -144,6 +144,37 @@ impl ShardStore {
             let key =
                 layout::user_key(key).ok_or_else(|| StorageError::key(shard.id, "tombstone"))?;
             found.push((Bytes::copy_from_slice(key), shard.decode_record(value)?));
+            pairs.next();
+        }
+        shard.check(&pairs)?;
+        Ok(found)
+    }
+
+    /// Values of a region's writes that have expired at `now`: keys and dots, the oldest first, at
+    /// most `limit`.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn expired_values(
+        &self,
+        namespace: NamespaceId,
+        region: RegionId,
+        now: HybridTime,
+        limit: usize,
+    ) -> Result<Vec<(Bytes, Dot)>, StorageError> {
+        let shard = &*self.inner;
+        let mut keys = Keys::new(shard.id);
+        let start = keys.expiry_start(namespace, region, HybridTime::ZERO).to_vec();
+        let end = keys.expiry_start(namespace, region, now.next()).to_vec();
+        let mut pairs = shard.iterate(start, end, false);
+        pairs.seek_to_first();
+        let mut found = Vec::new();
+        while found.len() < limit
+            && let Some(entry) = pairs.key()
+        {
+            let (value, key) =
+                layout::expiring(entry).ok_or_else(|| StorageError::key(shard.id, "expiry"))?;
+            found.push((Bytes::copy_from_slice(key), value.dot));
             pairs.next();
         }
         shard.check(&pairs)?;

@@ -10,8 +10,9 @@ use parking_lot::{Mutex, RwLock};
 use rocksdb::{DBPinnableSlice, DBRawIterator, ReadOptions};
 use tokio::sync::watch;
 use tombolo_core::{
-    Actor, DecodeError, NamespaceId, RequestId, ShardId, VersionVector,
+    Actor, DecodeError, NamespaceId, RegionId, RequestId, ShardId, VersionVector,
     codec::{Reader, Writer},
+    command::LinkSetting,
     merkle::Tree,
 };
 
@@ -107,6 +108,32 @@ pub(crate) fn encode_vector(vector: &VersionVector) -> Bytes {
     writer.finish()
 }
 
+pub(crate) fn encode_links(links: &BTreeMap<RegionId, LinkSetting>) -> Bytes {
+    let mut writer = Writer::with_capacity(32);
+    writer.u8(META_VERSION);
+    writer.count(links.len());
+    for (peer, setting) in links {
+        writer.varint(u64::from(peer.0));
+        setting.encode(&mut writer);
+    }
+    writer.finish()
+}
+
+pub(crate) fn decode_links(
+    shard: ShardId,
+    bytes: Bytes,
+) -> Result<BTreeMap<RegionId, LinkSetting>, StorageError> {
+    let mut reader = Reader::new("link settings", bytes);
+    let mut read = || {
+        reader.version(META_VERSION)?;
+        let count = reader.count(3)?;
+        (0..count)
+            .map(|_| Ok((RegionId(reader.u16()?), LinkSetting::decode(&mut reader)?)))
+            .collect::<Result<_, DecodeError>>()
+    };
+    read().map_err(|error| StorageError::value(shard, "link settings", &error))
+}
+
 fn decode_vector(shard: ShardId, bytes: Bytes) -> Result<VersionVector, StorageError> {
     let mut reader = Reader::new("version vector", bytes);
     let read = |reader: &mut Reader| {
@@ -146,6 +173,8 @@ pub(crate) struct View {
     pub(crate) trimmed: BTreeMap<NamespaceId, VersionVector>,
     /// Up to where records may be ahead of the frontiers.
     pub(crate) ahead: BTreeMap<NamespaceId, VersionVector>,
+    /// How this region pulls from others.
+    pub(crate) links: BTreeMap<RegionId, LinkSetting>,
     /// How many tombstones each namespace has, where it is not 0.
     pub(crate) tombstones: BTreeMap<NamespaceId, u64>,
     /// The Merkle tree over each namespace's records.
@@ -223,6 +252,7 @@ impl Shard {
                 Some(Meta::Ahead(namespace)) => {
                     view.ahead.insert(namespace, decode_vector(self.id, value)?);
                 }
+                Some(Meta::Links) => view.links = decode_links(self.id, value)?,
                 None => return Err(StorageError::key(self.id, "meta")),
             }
             pairs.next();
@@ -332,6 +362,11 @@ impl ShardStore {
     /// What is applied of every namespace that was ever written here.
     pub fn frontiers(&self) -> BTreeMap<NamespaceId, VersionVector> {
         self.inner.view.read().frontiers.clone()
+    }
+
+    /// How this region pulls from others. Only the catalog's shard knows.
+    pub fn links(&self) -> BTreeMap<RegionId, LinkSetting> {
+        self.inner.view.read().links.clone()
     }
 
     /// Up to where the change log of a namespace is gone.

@@ -2,7 +2,7 @@
 //! to look at a store and to crash it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::ErrorKind,
     path::{Path, PathBuf},
@@ -14,7 +14,9 @@ use tempfile::TempDir;
 use tombolo_core::{
     Actor, Change, Command, Content, HybridTime, NamespaceId, Outcome, Record, RegionId, RequestId,
     Rule, ShardId, ShardState, VersionVector,
-    command::{Check, Collect, Condition, Ingest, Operation, Remembered, Trim, Write},
+    command::{
+        Check, Collect, Condition, Expire, Ingest, LinkSetting, Operation, Remembered, Trim, Write,
+    },
     encode_batch, execute,
     ledger::LedgerEntry,
     merkle::{self, Tree},
@@ -25,6 +27,7 @@ use crate::{
     ApplyEntry, ApplyPayload, Position, ShardStore, Store, StoreConfig,
     changes::HEADER_BYTES,
     layout::{self, Kind, Meta},
+    shard::decode_links,
 };
 
 pub(crate) const LOCAL: Actor = Actor { region: RegionId(1), incarnation: 1 };
@@ -152,6 +155,7 @@ pub(crate) fn run_write(shard: &ShardStore, write: Write) -> Outcome {
 pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
     let inner = &*shard.inner;
     let mut state = MemoryState::default();
+    let mut indexed = BTreeSet::new();
     let mut pairs =
         inner.iterate(layout::shard_start(inner.id), layout::shard_end(inner.id), false);
     pairs.seek_to_first();
@@ -171,6 +175,9 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
                     }
                     Some(Meta::Ahead(namespace)) => {
                         state.ahead.insert(namespace, vector());
+                    }
+                    Some(Meta::Links) => {
+                        state.links = decode_links(inner.id, value).unwrap();
                     }
                     Some(Meta::Applied | Meta::Membership) | None => {}
                 }
@@ -196,12 +203,25 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
                 let request = layout::dedup_request(key).unwrap();
                 state.requests.insert(request, Remembered::from_bytes(value).unwrap());
             }
+            kind if kind == Kind::Expiry as u8 => {
+                let (value, key) = layout::expiring(key).unwrap();
+                indexed.insert((namespace(), Bytes::copy_from_slice(key), value.dot, value.at));
+            }
             kind if kind == Kind::Tree as u8 || kind == Kind::Hash as u8 => {}
             kind => panic!("unknown kind {kind}"),
         }
         pairs.next();
     }
     pairs.status().unwrap();
+    let mut expiring = BTreeSet::new();
+    for ((namespace, key), record) in &state.records {
+        for held in record.siblings() {
+            if let Content::Value { expire: Some(at), .. } = held.content {
+                expiring.insert((*namespace, key.clone(), held.dot, at));
+            }
+        }
+    }
+    assert_eq!(indexed, expiring, "the index of what expires is not that of the records");
     let mut dead = BTreeMap::new();
     for ((namespace, _), _) in state.records.iter().filter(|(_, record)| record.is_dead()) {
         *dead.entry(*namespace).or_default() += 1;
@@ -242,6 +262,10 @@ pub(crate) enum Event {
     Collect { sibling: bool, quarters: u8 },
     /// Requests are forgotten.
     Forget(Vec<(u8, u8)>),
+    /// Values of this region that have expired go.
+    Expire { sibling: bool },
+    /// A link is paused, or not.
+    SetLink { paused: bool },
     /// One command of a repair of this region from the other; the last one ends it.
     Repair { sibling: bool, place: prop::sample::Index },
 }
@@ -271,6 +295,8 @@ pub(crate) fn events() -> impl Strategy<Value = Vec<Vec<Event>>> {
         1 => (any::<bool>(), 0u8..5)
             .prop_map(|(sibling, quarters)| Event::Collect { sibling, quarters }),
         1 => prop::collection::vec(request, 1..4).prop_map(Event::Forget),
+        1 => any::<bool>().prop_map(|sibling| Event::Expire { sibling }),
+        1 => any::<bool>().prop_map(|paused| Event::SetLink { paused }),
         2 => (any::<bool>(), any::<prop::sample::Index>())
             .prop_map(|(sibling, place)| Event::Repair { sibling, place }),
     ];
@@ -357,6 +383,19 @@ impl World {
                 let keys = (0u8..6).map(|key| Bytes::from(format!("key-{key}"))).collect();
                 Command::Collect(Collect { namespace, stable, keys })
             }
+            Event::Expire { sibling } => {
+                let namespace = namespace(*sibling);
+                let mut values = Vec::new();
+                for (key, record) in self.local.held(namespace) {
+                    values.extend(record.siblings().iter().map(|held| (key.clone(), held.dot)));
+                }
+                let (rule, time) = (rule(namespace), time(self.wall));
+                Command::Expire(Expire { namespace, rule, actor: LOCAL, time, values })
+            }
+            Event::SetLink { paused } => {
+                let setting = LinkSetting { paused: *paused, bytes_per_second: self.wall };
+                Command::SetLink(REMOTE.region, setting)
+            }
             Event::Repair { sibling, place } => {
                 let namespace = namespace(*sibling);
                 let repair = MemoryRepair { namespace, rule: rule(namespace), local: LOCAL };
@@ -374,6 +413,14 @@ impl World {
 
     fn write(&self, namespace: NamespaceId, actor: Actor, keys: &[(u8, Option<u8>)]) -> Write {
         let operation = |&(key, value): &(u8, Option<u8>)| match value {
+            // Some of them expire.
+            Some(value) if value % 4 == 0 => Operation {
+                content: Content::Value {
+                    data: vec![value; 3].into(),
+                    expire: Some(time(self.wall + u64::from(value % 16))),
+                },
+                ..put(&format!("key-{key}"), "")
+            },
             Some(value) => put(&format!("key-{key}"), vec![value; 1 + usize::from(value)]),
             None => delete(&format!("key-{key}")),
         };

@@ -5,4 +5,6 @@
 mod bad_input;
 mod data;
 mod regions;
+mod repair;
+mod repair_cost;
 mod support;

@@ -248,3 +248,74 @@ async fn tombstones_go_when_every_region_has_them_and_say_whom_they_wait_for_unt
     .await;
     cluster.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_expired_value_is_hidden_at_once_and_leaves_nothing_behind_anywhere() {
+    let cluster = Cluster::start(&[("us", 1), ("eu", 1)], 2).await;
+    let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
+    let keys = us.namespace("default");
+    for number in 0..20 {
+        keys.put(format!("k{number}"), "v").ttl(Duration::from_secs(4)).await.unwrap();
+    }
+    keys.put("stays", "v").await.unwrap();
+    keys.put("renewed", "v").ttl(Duration::from_secs(4)).await.unwrap();
+    keys.put("renewed", "w").await.unwrap();
+    let shown = async |client: &tombolo_client::Client| {
+        client.namespace("default").scan().collect().await.map_or(0, |found| found.len())
+    };
+    wait_until("eu shows all of them", async || shown(&eu).await == 22).await;
+    wait_until("both hide what has expired", async || {
+        shown(&us).await == 2 && shown(&eu).await == 2
+    })
+    .await;
+    wait_until("neither tombstones nor expired values are left", async || {
+        let mut left = 0;
+        for client in [&us, &eu] {
+            left += client.admin().list_tombstones(None).await.unwrap().tombstones.len();
+        }
+        let roots = async |client: &tombolo_client::Client| {
+            let shards = client.admin().summarize_namespace("default").await.unwrap().shards;
+            shards.into_iter().map(|row| (row.frontier, row.root)).collect::<Vec<_>>()
+        };
+        let (here, there) = (roots(&us).await, roots(&eu).await);
+        left == 0 && here == there && here.len() == 2
+    })
+    .await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_link_brings_nothing_until_it_is_resumed_even_over_a_restart() {
+    let mut cluster = Cluster::start(&[("us", 1), ("eu", 1)], 2).await;
+    let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
+    let phase = async |client: &tombolo_client::Client| {
+        let links = client.admin().list_links(None).await.unwrap().links;
+        let mut phases: Vec<_> = links.iter().map(proto::Link::phase).collect();
+        phases.dedup();
+        phases
+    };
+    wait_until("links stream", async || phase(&us).await == [proto::LinkPhase::Streaming]).await;
+    us.admin().pause_link("eu").await.unwrap();
+    wait_until("us is paused", async || phase(&us).await == [proto::LinkPhase::Paused]).await;
+    eu.namespace("default").put("k", "from eu").await.unwrap();
+    us.namespace("default").put("l", "from us").await.unwrap();
+    wait_until("the other direction goes on", async || {
+        eu.namespace("default").get("l").await.unwrap().value().is_some()
+    })
+    .await;
+    cluster.members[0].stop().await;
+    cluster.members[0].start().await;
+    cluster.wait_ready().await;
+    let us = cluster.client("us").await;
+    wait_until("us is paused again", async || phase(&us).await == [proto::LinkPhase::Paused]).await;
+    assert!(us.namespace("default").get("k").await.unwrap().value().is_none());
+    us.admin().limit_link("eu", 1 << 20).await.unwrap();
+    us.admin().resume_link("eu").await.unwrap();
+    wait_until("us has it", async || {
+        us.namespace("default").get("k").await.unwrap().value().is_some()
+    })
+    .await;
+    let unknown = us.admin().pause_link("mars").await.unwrap_err();
+    assert_eq!(unknown.reason(), Some("REGION_NOT_FOUND"));
+    cluster.stop().await;
+}

@@ -3,7 +3,11 @@
 use std::{collections::BTreeSet, net::TcpListener, sync::Mutex, time::Duration};
 
 use tempfile::TempDir;
-use tokio::time::Instant;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::Instant,
+};
 use tombolo::{
     config::{Config, FlagValue},
     node::Node,
@@ -67,6 +71,16 @@ impl Cluster {
         shards: u16,
         cuts: &[(&str, &str)],
     ) -> Self {
+        Self::start_configured(regions, shards, cuts, |_| {}).await
+    }
+
+    /// As [`Cluster::start_with_cuts`], with a configuration that `change` has changed.
+    pub(crate) async fn start_configured(
+        regions: &[(&str, usize)],
+        shards: u16,
+        cuts: &[(&str, &str)],
+        change: impl Fn(&mut Config),
+    ) -> Self {
         let data = TempDir::new().expect("a directory");
         let addresses: Vec<Vec<Addresses>> = regions
             .iter()
@@ -82,7 +96,8 @@ impl Cluster {
                 let value = dir.display().to_string();
                 let flags = [FlagValue { flag: "--data-dir", key: "data_dir", value }];
                 let loaded = Config::load(Some(&file), std::iter::empty(), &[], &flags);
-                let config = loaded.expect("a valid configuration").config;
+                let mut config = loaded.expect("a valid configuration").config;
+                change(&mut config);
                 members.push(Member { config, node: None });
             }
         }
@@ -162,6 +177,23 @@ fn config_text(
         );
     }
     text
+}
+
+/// The answer of a node's HTTP port, headers included.
+pub(crate) async fn http_get(address: &str, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.expect("the port answers");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.expect("sent");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.expect("an answer");
+    answer
+}
+
+/// The sum of a node's metric over the labels that follow `name`.
+pub(crate) async fn metric(member: &Member, name: &str) -> f64 {
+    let text = http_get(&member.config.listen.http, "/metrics").await;
+    let lines = text.lines().filter(|line| line.starts_with(name));
+    lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 
 /// Waits for a condition, and fails with its name if it does not come.

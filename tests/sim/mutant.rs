@@ -72,8 +72,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// Those that every test run catches.
-    pub const COMMON: [Self; 23] = [
-        Self::ForgetCoverage,
+    pub const COMMON: [Self; 21] = [
         Self::ForgetBranch,
         Self::ForgetTombstones,
         Self::ForgetLastPage,
@@ -90,7 +89,6 @@ impl Mutant {
         Self::TreeForgetsDeletions,
         Self::RelayAlways,
         Self::ReuseIncarnation,
-        Self::CollectBeforeRepair,
         Self::KeepFencedWrites,
         Self::ForgetLedger,
         Self::ForgetTrimmed,
@@ -98,8 +96,10 @@ impl Mutant {
         Self::RestLast,
     ];
 
-    /// Those that need a rare chain of events: the long mode catches them.
-    pub const RARE: [Self; 7] = [
+    /// Those that need a rare chain of events: for the long mode, or a history of their own.
+    pub const RARE: [Self; 9] = [
+        Self::ForgetCoverage,
+        Self::CollectBeforeRepair,
         Self::ForgetAhead,
         Self::AdvanceBlindly,
         Self::CompareAtOnce,

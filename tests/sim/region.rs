@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tombolo_core::{
     Actor, Change, Command, HybridClock, HybridTime, NamespaceId, Record, RegionId, RequestId,
     ShardState, VersionVector,
-    command::Remembered,
+    command::{LinkSetting, Remembered},
     ledger::LedgerEntry,
     merkle::{Tree, digest, leaf_of},
     relay::Relays,
@@ -149,6 +149,10 @@ impl ShardState for Data {
 
     fn forget(&mut self, request: RequestId) {
         self.memory.forget(request);
+    }
+
+    fn set_link(&mut self, peer: RegionId, setting: LinkSetting) {
+        self.memory.set_link(peer, setting);
     }
 }
 

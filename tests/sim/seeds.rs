@@ -96,19 +96,24 @@ fn a_failing_history_is_made_small_and_still_fails() {
     assert!(!failure.trace.is_empty());
 }
 
+fn write(at: u8, delete: bool) -> Event {
+    Event::Write { at, keys: (0, 0), pair: false, delete: (delete, false), expires: false }
+}
+
+fn commit(at: u8) -> Event {
+    Event::Commit { at, count: 4 }
+}
+
+fn history(events: &[Event]) -> History {
+    let steps = events.iter().map(|&event| Step { wait_ms: 600, event }).collect();
+    History { regions: 2, rule: Rule::Siblings, batch: 1, page: 1, gate: true, steps }
+}
+
 /// The smallest history in which a merge of a repair that broke off is committed after the next
 /// repair has compared. Random ones need some 30,000 seeds for it.
 fn a_merge_comes_late() -> History {
-    let write = |at, delete| Event::Write {
-        at,
-        keys: (0, 0),
-        pair: false,
-        delete: (delete, false),
-        expires: false,
-    };
-    let commit = |at| Event::Commit { at, count: 4 };
     let messages = |requests, replies| Event::RepairMessages { at: 0, requests, replies };
-    let events = [
+    history(&[
         write(0, false),
         commit(0),
         write(1, false),
@@ -129,9 +134,7 @@ fn a_merge_comes_late() -> History {
         messages(1, 1),
         messages(1, 4),
         commit(0),
-    ];
-    let steps = events.map(|event| Step { wait_ms: 600, event }).to_vec();
-    History { regions: 2, rule: Rule::Siblings, batch: 1, page: 1, gate: true, steps }
+    ])
 }
 
 #[test]
@@ -140,4 +143,31 @@ fn a_merge_that_comes_late_brings_nothing_back() {
     let violation = run_history(&history, Some(Mutant::CompareAtOnce)).unwrap_err();
     assert_eq!(violation.invariant, Invariant::NoResurrection);
     run_history(&history, None).unwrap();
+}
+
+#[test]
+fn a_value_from_an_old_copy_stays_deleted_after_its_tombstone_is_gone() {
+    let to_copy = Event::Flow { puller: 0, source: 1 };
+    let back = Event::Flow { puller: 1, source: 0 };
+    let history = history(&[
+        write(1, false),
+        commit(1),
+        to_copy,
+        to_copy,
+        Event::Backup { at: 0 },
+        write(1, true),
+        commit(1),
+        to_copy,
+        back,
+        to_copy,
+        back,
+        Event::Collect { at: 1 },
+        commit(1),
+        Event::TrimStable { at: 1 },
+        commit(1),
+        Event::Restore { at: 0 },
+    ]);
+    assert_eq!(run_history(&history, None).unwrap().restores, 1);
+    let violation = run_history(&history, Some(Mutant::ForgetCoverage)).unwrap_err();
+    assert_eq!(violation.invariant, Invariant::NoResurrection);
 }

@@ -89,6 +89,8 @@ pub enum Event {
     TrimStable { at: Place },
     /// Tombstones that are stable are proposed to go.
     Collect { at: Place },
+    /// Expired values of the region's own are proposed to go.
+    Expire { at: Place },
     /// A copy of the region's data is made.
     Backup { at: Place },
     /// The region loses its data and gets the last copy.
@@ -168,6 +170,7 @@ enum Kind {
     Trim,
     TrimStable,
     Collect,
+    Expire,
     Backup,
     Restore,
     Join,
@@ -206,10 +209,11 @@ impl Mix {
             (some(2, 0.5), Kind::Crash),
             (some(3, 0.5), Kind::Clock),
             (some(9, 0.8) + 6 * storm, Kind::Trim),
-            (some(8, 0.7) + 12 * calm, Kind::TrimStable),
+            (some(8, 0.7) + 20 * calm, Kind::TrimStable),
             (some(16, 0.8) + 16 * calm, Kind::Collect),
-            (some(5, 0.5), Kind::Backup),
-            (some(5, 0.5), Kind::Restore),
+            (some(4, 0.5), Kind::Expire),
+            (some(9, 0.5), Kind::Backup),
+            (some(8, 0.6), Kind::Restore),
             (some(4, 0.5), Kind::Join),
             (some(3, 0.3), Kind::Fence),
         ];
@@ -266,7 +270,7 @@ impl Mix {
                 let keys = (key(), key());
                 let pair = random.random_ratio(1, 5);
                 let delete = (random.random(), random.random());
-                Event::Write { at, keys, pair, delete, expires: random.random_ratio(1, 10) }
+                Event::Write { at, keys, pair, delete, expires: random.random_ratio(1, 4) }
             }
             Kind::WriteSeen => Event::WriteSeen {
                 at,
@@ -313,6 +317,7 @@ impl Mix {
             Kind::Trim => Event::Trim { at, keep: random.random_range(0..4) },
             Kind::TrimStable => Event::TrimStable { at },
             Kind::Collect => Event::Collect { at },
+            Kind::Expire => Event::Expire { at },
             Kind::Backup => Event::Backup { at },
             Kind::Restore => Event::Restore { at },
             Kind::Join => Event::Join { at },

@@ -55,6 +55,8 @@ pub struct Counts {
     pub trimmed: u64,
     /// Tombstones dropped.
     pub collected: u64,
+    /// Values that expired.
+    pub expired: u64,
     /// Leaders lost.
     pub crashes: u64,
     /// Regions that lost data.
@@ -84,6 +86,7 @@ impl Counts {
             broken_repairs,
             trimmed,
             collected,
+            expired,
             crashes,
             restores,
             joins,
@@ -101,6 +104,7 @@ impl Counts {
         self.broken_repairs += broken_repairs;
         self.trimmed += trimmed;
         self.collected += collected;
+        self.expired += expired;
         self.crashes += crashes;
         self.restores += restores;
         self.joins += joins;
@@ -354,6 +358,7 @@ impl World {
             Event::Trim { at, keep } => self.trim(place(at), Some(keep)),
             Event::TrimStable { at } => self.trim(place(at), None),
             Event::Collect { at } => self.collect(place(at)),
+            Event::Expire { at } => self.expire(place(at)),
             Event::Backup { at } => {
                 if let Some(region) = self.regions.get_mut(place(at))
                     && region.status == Status::Member
@@ -470,7 +475,8 @@ impl World {
                 format!("merge {keys:?} of {} ahead {}", merge.cut, merge.ahead)
             }
             Command::Advance(advance) => format!("advance to {}", advance.cut),
-            Command::ForgetRequests(_) => "forget".to_owned(),
+            Command::Expire(expire) => format!("expire {:?}", expire.values),
+            Command::ForgetRequests(_) | Command::SetLink(..) => "another".to_owned(),
         };
         if self.trace.is_some() {
             let id = self.regions[at].id;
@@ -517,6 +523,19 @@ impl World {
                 }
             }
             (Command::Write(_), _) => {}
+            (Command::Expire(expire), Outcome::Expired(count)) if count > 0 => {
+                self.counts.expired += count as u64;
+                let region = &self.regions[at];
+                let log = region.data.log(expire.actor, before.get(expire.actor) + 1);
+                let Some(change) = log.front().cloned() else {
+                    return Err((Invariant::LogWhole, "an expiry is not in the log".to_owned()));
+                };
+                // It replaces its own value only.
+                self.truth.write(change, &before, &[], true, was_exact)?;
+                if region.status == Status::Fenced {
+                    self.truth.lose(&region.data.frontier(), &[before]);
+                }
+            }
             (Command::Ingest(_), Outcome::Ingested(ingested)) => {
                 self.counts.applied += ingested.applied;
                 self.counts.repeated += ingested.repeated;

@@ -422,13 +422,23 @@ async fn control_lists_are_tables_and_json() {
     {"name":"us","number":1,"local":true,"linkAddresses":["127.0.0.1:7103"],"state":"REGION_STATE_UP","lagSeconds":0.0,"shardsWithLeader":4,"nodesUp":1,"nodes":1}
     {"name":"eu","number":2,"local":false,"linkAddresses":["127.0.0.1:7203"],"state":"REGION_STATE_DEGRADED","lagSeconds":12.5,"shardsWithLeader":0,"nodesUp":0,"nodes":0}
     "#);
+    let link = region.state.lock().links[1].clone();
+    region.state.lock().links[1] = proto::Link {
+        phase: proto::LinkPhase::Repairing.into(),
+        repair: Some(proto::RepairProgress {
+            share: 0.429,
+            seconds_left: 75.2,
+            ..Default::default()
+        }),
+        ..link
+    };
     assert_snapshot!(line("ctl link list").on_tty().at(&region).await.text(), @"
-    PEER  NAMESPACE  SHARD  NODE  PHASE      BEHIND  LAG     UNACKED  ERROR
+    PEER  NAMESPACE  SHARD  NODE  PHASE      BEHIND  LAG     UNACKED  REPAIR            ERROR
     eu    default    0      1     streaming  3       35ms    5
-    eu    default    1      1     streaming  3       0s      5
-    eu    default    2      1     blocked    3       4m 12s  5        connection refused
+    eu    default    1      1     repairing  3       0s      5        42%, 1m 15s left
+    eu    default    2      1     blocked    3       4m 12s  5                          connection refused
     ");
-    assert_snapshot!(line("ctl link list").at(&region).await.text().lines().next().expect("a line"), @r#"{"peerRegion":"eu","namespace":"default","shard":0,"nodeId":"1","phase":"LINK_PHASE_STREAMING","lagEvents":"3","lagSeconds":0.035,"unacknowledgedEvents":"5","lastError":"","receivedEvents":"100","receivedBytes":"4096"}"#);
+    assert_snapshot!(line("ctl link list").at(&region).await.text().lines().next().expect("a line"), @r#"{"peerRegion":"eu","namespace":"default","shard":0,"nodeId":"1","phase":"LINK_PHASE_STREAMING","lagEvents":"3","lagSeconds":0.035,"unacknowledgedEvents":"5","lastError":"","receivedEvents":"100","receivedBytes":"4096","unacknowledgedBytes":"0"}"#);
     let here = region.addresses[0].clone();
     let verify = line("ctl verify").word(&here).word(&here).on_tty().at(&region).await;
     assert_eq!(verify.exit, Exit::Ok, "{}", verify.err);
@@ -437,6 +447,13 @@ async fn control_lists_are_tables_and_json() {
     0      equal    0000000000000abc  0000000000000abc
     1      equal    0000000000000abd  0000000000000abd
     ");
+    let repair = line("ctl repair eu default").on_tty().at(&region).await;
+    assert_snapshot!(repair.err, @"4 links repair; `ctl link list` shows how far they are");
+    assert_snapshot!(line("ctl at-risk --list 5").on_tty().at(&region).await.text(), @"
+    NAMESPACE  SHARD  NODE  WRITES  NOT HEARD OF  KEYS
+    default    1      1     3       ap            cart
+    ");
+    assert_snapshot!(line("ctl at-risk --list 5").at(&region).await.text(), @r#"{"namespace":"default","shard":1,"nodeId":"1","count":"3","unheardRegions":["ap"],"writes":[{"key":"cart","dot":"1.1:7","isDelete":false}]}"#);
     assert_snapshot!(line("ctl tombstones").on_tty().at(&region).await.text(), @"
     NAMESPACE  SHARD  NODE  TOMBSTONES  WAITS FOR
     default    0      1     7           ap,eu

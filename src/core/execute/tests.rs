@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     HybridTime,
-    command::{Check, Collect, Condition, Operation, Trim},
+    command::{Check, Collect, Condition, Expire, Operation, Trim},
     id::{Actor, RegionId},
     record::Content,
     testing::{MemoryRepair, MemoryState},
@@ -319,6 +319,37 @@ fn a_batch_has_not_seen_of_one_key_what_a_repair_brought_of_another() {
     assert_eq!((done.stopped, log.len()), (None, 2));
     assert_eq!(us.frontier(NS), eu.frontier(NS));
     assert_eq!((values(&us, "b"), values(&us, "c")), (values(&eu, "b"), values(&eu, "c")));
+}
+
+#[test]
+fn an_expired_value_becomes_a_deletion_and_what_is_concurrent_with_it_stays() {
+    let [mut us, mut eu] = [MemoryState::default(), MemoryState::default()];
+    let until = |wall| Content::Value { data: "v".into(), expire: HybridTime::new(wall, 0) };
+    let operation = |key, wall| Operation { content: until(wall), ..put(key, "") };
+    let dots: Vec<Dot> =
+        written(run(&mut us, write(1, 1, vec![operation("a", 10), operation("b", 90)])))
+            .into_iter()
+            .map(|written| written.dot)
+            .collect();
+    run(&mut eu, write(2, 1, vec![put("a", "concurrent")]));
+    let changes = eu.changes_above(NS, &us.frontier(NS));
+    ingest(&mut us, 1, Rule::Siblings, changes);
+    let expire = |wall, actor, values| {
+        let time = HybridTime::new(wall, 0).unwrap();
+        let rule = Rule::Siblings;
+        Command::Expire(Expire { namespace: NS, rule, actor, time, values })
+    };
+    let values = vec![(Bytes::from("a"), dots[0]), (Bytes::from("b"), dots[1])];
+    assert_eq!(execute(&mut us, &expire(9, actor(1), values.clone())), Ok(Outcome::Expired(0)));
+    assert_eq!(us.frontier(NS).get(actor(1)), 2, "nothing was written");
+    assert_eq!(execute(&mut us, &expire(10, actor(1), values.clone())), Ok(Outcome::Expired(1)));
+    assert_eq!(execute(&mut us, &expire(10, actor(1), values)), Ok(Outcome::Expired(0)));
+    assert_eq!(self::values(&us, "a"), ["concurrent"]);
+    assert_eq!(self::values(&us, "b"), ["v"]);
+
+    let changes = us.changes_above(NS, &eu.frontier(NS));
+    ingest(&mut eu, 2, Rule::Siblings, changes);
+    assert_eq!(eu.records, us.records);
 }
 
 /// What happens in one random history of three regions.

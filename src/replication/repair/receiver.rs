@@ -5,6 +5,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use prost::Message;
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
@@ -31,6 +32,7 @@ use crate::{
         CONNECT_TIMEOUT, LEAF_PAGE_BYTES, MERGE_BYTES_MAX, MERGE_TIMEOUT, ReplicationConfig,
         STALL_TIMEOUT,
     },
+    pace::Pace,
     server::message_bytes_max,
     status::{LinkKey, LinkStatuses, RepairProgress},
     wire,
@@ -43,6 +45,17 @@ pub(crate) enum Purpose {
     CatchUp,
     /// Look for damage: what differs although both have applied the same.
     Check,
+}
+
+/// What a source is to send of records that differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ask {
+    /// Values whose writes this region has not applied.
+    Lacking,
+    /// All values.
+    Everything,
+    /// Keys and dots only.
+    Keys,
 }
 
 /// What a repair found and did.
@@ -102,6 +115,8 @@ pub(crate) struct Repair {
     pub(crate) namespace: Arc<Namespace>,
     pub(crate) channels: LinkChannels,
     pub(crate) statuses: Arc<LinkStatuses>,
+    /// The link's limit in bytes a second, and who else is under it.
+    pub(crate) pace: Option<(Arc<Pace>, u64)>,
     pub(crate) config: ReplicationConfig,
 }
 
@@ -118,7 +133,8 @@ impl Repair {
         }
         let mut damage = None;
         for _ in 0..ATTEMPTS_MAX {
-            let comparison = self.compare(damage.is_some()).await?;
+            let comparison =
+                self.compare(if damage.is_some() { Ask::Everything } else { Ask::Lacking }).await?;
             let same_point = comparison.is_at_same_point();
             let leaves = comparison.leaves.len();
             match (same_point, damage, purpose) {
@@ -187,14 +203,15 @@ impl Repair {
     }
 
     /// Pins this side, asks for the other's cut, and finds what differs.
-    async fn compare(&self, distrust: bool) -> Result<Comparison, RepairError> {
+    pub(super) async fn compare(&self, ask: Ask) -> Result<Comparison, RepairError> {
         let (started, start) = oneshot::channel();
         let (leaves, to_list) = oneshot::channel();
         let (requests, receiver) = mpsc::channel(4);
         let (listed, answers_of) = mpsc::channel(LISTED_MAX);
         let lister = Lister {
             store: self.shard.store().clone(),
-            namespace: Arc::clone(&self.namespace),
+            key: self.key(),
+            statuses: Arc::clone(&self.statuses),
             requests: requests.clone(),
             listed,
         };
@@ -207,7 +224,8 @@ impl Repair {
             namespace: self.namespace.id.0,
             frontier: wire::encode_frontier(&start.frontier),
             nodes: encode_block(&start.tree.nodes()),
-            distrust,
+            distrust: ask == Ask::Everything,
+            keys_only: ask == Ask::Keys,
         };
         // The channel is new and has room.
         let _ = requests
@@ -228,6 +246,8 @@ impl Repair {
         };
         let opened = tokio::time::timeout(CONNECT_TIMEOUT, opening).await;
         let (stream, first) = opened.map_err(|_| broken("the peer did not answer in time"))??;
+        let bytes = first.as_ref().map_or(0, Message::encoded_len);
+        self.statuses.count_exchanged(self.key(), bytes);
         let Some(pb::repair_response::Body::Cut(cut)) = first.and_then(|first| first.body) else {
             return Err(broken("the peer did not begin with its cut"));
         };
@@ -249,6 +269,8 @@ impl Repair {
             to_list: leaves,
             listed: answers_of,
             stream,
+            key: self.key(),
+            statuses: Arc::clone(&self.statuses),
         })
     }
 }
@@ -263,7 +285,8 @@ struct Start {
 /// Reads this side's cut on a thread of its own.
 struct Lister {
     store: ShardStore,
-    namespace: Arc<Namespace>,
+    key: LinkKey,
+    statuses: Arc<LinkStatuses>,
     requests: mpsc::Sender<pb::RepairRequest>,
     listed: mpsc::Sender<Listed>,
 }
@@ -276,7 +299,7 @@ struct Listed {
 
 impl Lister {
     fn run(self, started: oneshot::Sender<Start>, to_list: oneshot::Receiver<Vec<u16>>) {
-        let cut = self.store.cut(self.namespace.id);
+        let cut = self.store.cut(self.key.namespace);
         let start = Start {
             frontier: cut.frontier().clone(),
             ahead: cut.ahead().clone(),
@@ -329,13 +352,14 @@ impl Lister {
     }
 
     fn send(&self, page: pb::RepairLeaves) -> bool {
-        let body = Some(pb::repair_request::Body::Leaves(page));
-        self.requests.blocking_send(pb::RepairRequest { body }).is_ok()
+        let page = pb::RepairRequest { body: Some(pb::repair_request::Body::Leaves(page)) };
+        self.statuses.count_exchanged(self.key, page.encoded_len());
+        self.requests.blocking_send(page).is_ok()
     }
 }
 
 /// Both sides, as of one moment each.
-struct Comparison {
+pub(super) struct Comparison {
     /// What this side had applied.
     since: VersionVector,
     ahead_here: VersionVector,
@@ -347,37 +371,86 @@ struct Comparison {
     to_list: oneshot::Sender<Vec<u16>>,
     listed: mpsc::Receiver<Listed>,
     stream: Streaming<pb::RepairResponse>,
+    key: LinkKey,
+    statuses: Arc<LinkStatuses>,
 }
 
 impl Comparison {
     /// Whether both sides had applied the same, and no repair was half done in either.
-    fn is_at_same_point(&self) -> bool {
+    pub(super) fn is_at_same_point(&self) -> bool {
         let is_exact = self.since.covers_all(&self.ahead_here) && self.cut.covers_all(&self.ahead);
         is_exact && self.since == self.cut
+    }
+
+    /// The keys that differ, each with what the other side holds of it; at most `limit`, and whether
+    /// there are more.
+    pub(super) async fn keys(mut self, limit: usize) -> Result<(Vec<Offer>, bool), RepairError> {
+        let mut answered = 0;
+        let leaves = self.start_listing();
+        let mut found = Vec::new();
+        let mut offered = Vec::new();
+        while answered < leaves {
+            let Some(pb::repair_response::Body::Answer(answer)) = self.next().await? else {
+                return Err(broken("the peer ended before all leaves were answered"));
+            };
+            for encoded in answer.offers {
+                let offer = decode_offer(encoded)?;
+                offered.push(offer.key.clone());
+                found.push(offer);
+            }
+            if !answer.more {
+                let listed = self.listed_of(answer.leaf).await?;
+                found.extend(repair::absent_offers(&listed.keys, &offered, &answer.unknown));
+                offered.clear();
+                answered += 1;
+            }
+            if found.len() > limit {
+                found.truncate(limit);
+                return Ok((found, true));
+            }
+        }
+        Ok((found, false))
+    }
+
+    /// Lets the lister begin; answers how many leaves it lists.
+    fn start_listing(&mut self) -> usize {
+        let leaves = std::mem::take(&mut self.leaves);
+        let count = leaves.len();
+        // If the lister is gone, so is the stream that waits for it.
+        let to_list = std::mem::replace(&mut self.to_list, oneshot::channel().0);
+        let _ = to_list.send(leaves);
+        count
+    }
+
+    async fn next(&mut self) -> Result<Option<pb::repair_response::Body>, RepairError> {
+        let message = tokio::time::timeout(STALL_TIMEOUT, self.stream.message()).await;
+        let message = message.map_err(|_| broken("the peer was silent for too long"))??;
+        let bytes = message.as_ref().map_or(0, Message::encoded_len);
+        self.statuses.count_exchanged(self.key, bytes);
+        Ok(message.and_then(|message| message.body))
+    }
+
+    /// What this side has in the leaf that was answered: the peer answers in the order of listing.
+    async fn listed_of(&mut self, leaf: u32) -> Result<Listed, RepairError> {
+        let listed = self.listed.recv().await;
+        let listed = listed.filter(|listed| u32::from(listed.leaf) == leaf);
+        listed.ok_or_else(|| broken("the peer answered a leaf out of turn"))
     }
 
     /// Takes over what differs. Answers whether all of it is here: if not, changes came in between
     /// that make the comparison void.
     async fn merge(mut self, mut session: Session<'_>) -> Result<bool, RepairError> {
-        let leaves = std::mem::take(&mut self.leaves);
-        // If the lister is gone, so is the stream that waits for it.
-        let to_list = std::mem::replace(&mut self.to_list, oneshot::channel().0);
-        let _ = to_list.send(leaves);
+        self.start_listing();
         session.show();
         let mut offered = Vec::new();
         loop {
-            let message = tokio::time::timeout(STALL_TIMEOUT, self.stream.message()).await;
-            let message = message.map_err(|_| broken("the peer was silent for too long"))??;
-            match message.and_then(|message| message.body) {
+            match self.next().await? {
                 Some(pb::repair_response::Body::Answer(answer)) => {
                     for encoded in answer.offers {
                         offered.push(session.offer(encoded)?);
                     }
                     if !answer.more {
-                        let listed = self.listed.recv().await;
-                        let listed = listed
-                            .filter(|listed| u32::from(listed.leaf) == answer.leaf)
-                            .ok_or_else(|| broken("the peer answered a leaf out of turn"))?;
+                        let listed = self.listed_of(answer.leaf).await?;
                         if session.trust == Trust::Coverage {
                             let unknown = &answer.unknown;
                             let absent = repair::absent_offers(&listed.keys, &offered, unknown);
@@ -425,27 +498,19 @@ struct Session<'a> {
 
 impl Session<'_> {
     fn offer(&mut self, encoded: Bytes) -> Result<Bytes, RepairError> {
-        self.count(encoded.len());
-        let offer = Offer::from_bytes(encoded)
-            .map_err(|error| RepairError::Broken(format!("a damaged offer arrived: {error}")))?;
+        self.bytes += encoded.len();
+        let offer = decode_offer(encoded)?;
         let key = offer.key.clone();
         self.offers.push(offer);
         Ok(key)
     }
 
     fn entry(&mut self, encoded: Bytes) -> Result<(), RepairError> {
-        self.count(encoded.len());
+        self.bytes += encoded.len();
         let entry = LedgerEntry::from_bytes(encoded)
             .map_err(|error| RepairError::Broken(format!("a damaged entry arrived: {error}")))?;
         self.ledger.push(entry);
         Ok(())
-    }
-
-    fn count(&mut self, bytes: usize) {
-        self.bytes += bytes;
-        self.progress.received_bytes += bytes as u64;
-        let Repair { statuses, peer, .. } = self.repair;
-        statuses.count_repair(peer.id, |counts| counts.received_bytes += bytes as u64);
     }
 
     /// Merges what has come, then rests as long as that took, and as the byte budget says.
@@ -485,6 +550,10 @@ impl Session<'_> {
             },
         );
         tokio::time::sleep(took.max(budget.saturating_sub(took))).await;
+        if let Some((pace, limit)) = &self.repair.pace {
+            pace.spend(bytes as u64, *limit);
+            tokio::time::sleep_until(pace.free_at()).await;
+        }
         Ok(true)
     }
 
@@ -504,9 +573,18 @@ impl Session<'_> {
     }
 
     fn show(&self) {
-        let progress = self.progress.clone();
-        self.repair.statuses.update(self.repair.key(), |status| status.repair = Some(progress));
+        let mut progress = self.progress.clone();
+        self.repair.statuses.update(self.repair.key(), |status| {
+            // Counted where messages come and go.
+            progress.exchanged_bytes = status.repair.as_ref().map_or(0, |it| it.exchanged_bytes);
+            status.repair = Some(progress);
+        });
     }
+}
+
+fn decode_offer(encoded: Bytes) -> Result<Offer, RepairError> {
+    Offer::from_bytes(encoded)
+        .map_err(|error| RepairError::Broken(format!("a damaged offer arrived: {error}")))
 }
 
 fn broken(reason: &str) -> RepairError {

@@ -67,8 +67,9 @@ struct Session<'a> {
     /// What the receiver has applied; values that it covers are not sent.
     known: VersionVector,
     nodes: Box<Block>,
-    /// Send every value, whatever the receiver has applied.
-    distrust: bool,
+    /// Of which writes to send no values.
+    withheld: VersionVector,
+    keys_only: bool,
     replies: Replies,
 }
 
@@ -77,18 +78,21 @@ type Asked = mpsc::Receiver<Result<pb::RepairRequest, String>>;
 impl<'a> Session<'a> {
     fn new(shard: &'a Shard, open: pb::RepairOpen, replies: Replies) -> Result<Self, Status> {
         let nodes = decode_block(&open.nodes).ok_or_else(|| malformed("256 nodes"))?;
-        Ok(Self {
-            cut: shard.store().cut(NamespaceId(open.namespace)),
-            known: wire::decode_frontier(open.frontier)?,
-            nodes: Box::new(nodes),
-            distrust: open.distrust,
-            replies,
-        })
+        let known = wire::decode_frontier(open.frontier)?;
+        let cut = shard.store().cut(NamespaceId(open.namespace));
+        let mut withheld = if open.distrust { VersionVector::new() } else { known.clone() };
+        if open.keys_only {
+            withheld.join(cut.frontier());
+            withheld.join(cut.ahead());
+        }
+        let (nodes, keys_only) = (Box::new(nodes), open.keys_only);
+        Ok(Self { cut, known, nodes, withheld, keys_only, replies })
     }
 
     fn run(self, mut asked: Asked) -> Result<(), Status> {
         self.send_cut()?;
-        let mut has_sent_rest = false;
+        // Whoever wants keys only wants nothing else.
+        let mut has_sent_rest = self.keys_only;
         while let Some(request) = asked.blocking_recv() {
             let request = request.map_err(Status::unavailable)?;
             // Deletions, and why values are gone, come before the absence of values. Not before the
@@ -127,9 +131,7 @@ impl<'a> Session<'a> {
         let leaf = u16::try_from(asked.leaf).map_err(|_| malformed("a leaf below 65536"))?;
         let digests = decode_digests(&asked.digests).ok_or_else(|| malformed("digests"))?;
         let held = self.cut.leaf(leaf).map_err(|error| unreadable(&error))?;
-        let nothing = VersionVector::new();
-        let known = if self.distrust { &nothing } else { &self.known };
-        let answer = repair::answer_leaf(&held, digests, known);
+        let answer = repair::answer_leaf(&held, digests, &self.withheld);
         let mut page = Page::default();
         for offer in &answer.offers {
             if let Some(offers) = page.add(offer.to_bytes()) {

@@ -67,6 +67,8 @@ fn the_size_of_the_log_follows_appends_trims_and_restarts() {
         run_write(&shard, write(wall, vec![put("a", vec![1; 50]), put("b", vec![2; 50])]));
     }
     assert_eq!(shard.change_log_bytes(LWW).unwrap(), size_of(&shard, 1));
+    assert_eq!(shard.log_bytes_from(LWW, LOCAL, 1).unwrap(), size_of(&shard, 1));
+    assert_eq!(shard.log_bytes_from(LWW, LOCAL, 99).unwrap(), 0);
     trim(&shard, 10);
     assert_eq!(shard.change_log_bytes(LWW).unwrap(), size_of(&shard, 11));
     drop((store, shard));

@@ -5,8 +5,9 @@
 
 use bytes::Bytes;
 use tombolo_core::{
-    Command, RegionId, VersionVector,
-    command::{Collect, Trim},
+    Command, Content, Dot, RegionId, VersionVector,
+    command::{Collect, Expire, Trim},
+    record::Sibling,
     stability,
 };
 
@@ -109,6 +110,33 @@ impl World {
         if !keys.is_empty() {
             let collect = Collect { namespace: NAMESPACE, stable, keys };
             self.propose(at, Command::Collect(collect), Waiter::Nobody);
+        }
+    }
+
+    /// Values that this region wrote and that have expired become deletions.
+    pub(super) fn expire(&mut self, at: usize) {
+        let (rule, now) = (self.rule, self.now);
+        let Some(region) = self.regions.get_mut(at) else { return };
+        if !matches!(region.status, Status::Member | Status::Fenced) {
+            return;
+        }
+        let time = region.stamp(now);
+        let is_over = |held: &Sibling| {
+            let is_own = held.dot.actor.region == region.id;
+            is_own && held.content != Content::Tombstone && held.content.live_at(time).is_none()
+        };
+        let values: Vec<(Bytes, Dot)> = region
+            .data
+            .memory
+            .held(NAMESPACE)
+            .flat_map(|(key, record)| record.siblings().iter().map(move |held| (key, held)))
+            .filter(|(_, held)| is_over(held))
+            .map(|(key, held)| (key.clone(), held.dot))
+            .collect();
+        if !values.is_empty() {
+            let actor = region.actor();
+            let expire = Expire { namespace: NAMESPACE, rule, actor, time, values };
+            self.propose(at, Command::Expire(expire), Waiter::Client);
         }
     }
 

