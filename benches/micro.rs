@@ -112,6 +112,7 @@ fn codecs(criterion: &mut Criterion) {
         actor: actor(1),
         first_seq: 1_000_001,
         depends_on,
+        ahead_by: VersionVector::new(),
         deltas: vec![delta(1, 1_000_001, vec![Dot { actor: actor(2), seq: 5 }])],
     };
     let encoded = change.to_bytes();

@@ -3,6 +3,12 @@
 //! A change is one atomic group of writes by one actor: consecutive dots, applied together or
 //! not at all. It carries the frontier that its origin had when it was committed, and a receiver
 //! applies it only when its own frontier covers that; so every frontier is a causally closed cut.
+//!
+//! While a repair of the origin is half done, a record may be ahead of its frontier. A change that
+//! replaces such a record depends on what the record has seen, but its other writes have not seen
+//! that: what they have is [`Change::seen`].
+
+use std::borrow::Cow;
 
 use bytes::Bytes;
 
@@ -23,17 +29,31 @@ pub struct Change {
     pub first_seq: u64,
     /// What the origin had applied before this change, its own earlier events included.
     pub depends_on: VersionVector,
+    /// By how much that is above what the origin had applied of all keys. Empty, unless a record was
+    /// ahead.
+    pub ahead_by: VersionVector,
     /// At least one.
     pub deltas: Vec<Delta>,
 }
 
 const CHANGE_VERSION: u8 = 1;
+/// The same with `ahead_by` after the dependencies; only written where it is not empty.
+const CHANGE_AHEAD_VERSION: u8 = 2;
 
 impl Change {
     /// The dot of the last delta.
     pub fn last(&self) -> Dot {
         let seq = self.first_seq + self.deltas.len().saturating_sub(1) as u64;
         Dot { actor: self.actor, seq }
+    }
+
+    /// What the origin had applied of all keys before this change.
+    pub fn seen(&self) -> Cow<'_, VersionVector> {
+        if self.ahead_by.is_empty() {
+            Cow::Borrowed(&self.depends_on)
+        } else {
+            Cow::Owned(self.depends_on.minus(&self.ahead_by))
+        }
     }
 
     /// The latest time among the deltas.
@@ -49,10 +69,14 @@ impl Change {
         };
         let capacity = 64 + self.deltas.iter().map(bytes).sum::<usize>();
         let mut writer = Writer::with_capacity(capacity);
-        writer.u8(CHANGE_VERSION);
+        let is_ahead = !self.ahead_by.is_empty();
+        writer.u8(if is_ahead { CHANGE_AHEAD_VERSION } else { CHANGE_VERSION });
         encode_actor(self.actor, &mut writer);
         writer.varint(self.first_seq);
         self.depends_on.encode(&mut writer);
+        if is_ahead {
+            self.ahead_by.encode(&mut writer);
+        }
         writer.count(self.deltas.len());
         for delta in &self.deltas {
             writer.bytes(&delta.key);
@@ -72,10 +96,19 @@ impl Change {
     /// If the bytes are damaged, there is no delta, or a sequence number is zero or too large.
     pub fn from_bytes(bytes: Bytes) -> Result<Self, DecodeError> {
         let mut reader = Reader::new("change", bytes);
-        reader.version(CHANGE_VERSION)?;
+        let is_ahead = match reader.u8()? {
+            CHANGE_VERSION => false,
+            CHANGE_AHEAD_VERSION => true,
+            version => return Err(DecodeError::Version { what: "change", version }),
+        };
         let actor = decode_actor(&mut reader)?;
         let first_seq = reader.varint()?;
         let depends_on = VersionVector::decode(&mut reader)?;
+        let ahead_by =
+            if is_ahead { VersionVector::decode(&mut reader)? } else { VersionVector::new() };
+        if is_ahead == ahead_by.is_empty() {
+            return Err(reader.invalid(0));
+        }
         let count = reader.count(11)?;
         if count == 0 || first_seq == 0 || first_seq.checked_add(count as u64).is_none() {
             return Err(reader.invalid(first_seq));
@@ -86,7 +119,7 @@ impl Change {
             deltas.push(decode_delta(&mut reader, dot)?);
         }
         reader.finish()?;
-        Ok(Self { actor, first_seq, depends_on, deltas })
+        Ok(Self { actor, first_seq, depends_on, ahead_by, deltas })
     }
 }
 
@@ -127,15 +160,16 @@ pub(crate) mod tests {
             prop::collection::vec(dot, 0..3),
         );
         let deltas = prop::collection::vec(delta, 1..5);
-        (any_actor(), 1u64..1 << 40, any_vector(), deltas).prop_map(
-            |(actor, first_seq, depends_on, deltas)| {
+        let ahead_by = prop_oneof![Just(VersionVector::new()), any_vector()];
+        (any_actor(), 1u64..1 << 40, any_vector(), ahead_by, deltas).prop_map(
+            |(actor, first_seq, depends_on, ahead_by, deltas)| {
                 let deltas =
                     (first_seq..).zip(deltas).map(|(seq, (key, time, content, supersedes))| {
                         let dot = Dot { actor, seq };
                         let sibling = Sibling { dot, time: HybridTime::from_bits(time), content };
                         Delta { key: key.into(), sibling, supersedes }
                     });
-                Change { actor, first_seq, depends_on, deltas: deltas.collect() }
+                Change { actor, first_seq, depends_on, ahead_by, deltas: deltas.collect() }
             },
         )
     }

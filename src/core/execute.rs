@@ -205,9 +205,11 @@ impl Writing {
     }
 
     fn finish<S: ShardState>(self, state: &mut S) {
-        let Self { place, actor, first_seq, depends_on, deltas, .. } = self;
+        let Self { place, actor, first_seq, frontier, depends_on, deltas } = self;
         if !deltas.is_empty() {
-            append(state, place.namespace, &Change { actor, first_seq, depends_on, deltas });
+            let ahead_by = depends_on.minus(&frontier);
+            let change = Change { actor, first_seq, depends_on, ahead_by, deltas };
+            append(state, place.namespace, &change);
         }
     }
 }
@@ -233,10 +235,11 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
             ingested.stopped = Some(reason);
             break;
         }
+        let seen = change.seen();
         for delta in &change.deltas {
             let mut record = state.record(ingest.namespace, &delta.key)?.unwrap_or_default();
             let place = Place { namespace: ingest.namespace, rule: ingest.rule };
-            apply_delta(state, place, &mut record, delta, &change.depends_on);
+            apply_delta(state, place, &mut record, delta, &seen);
             state.put_record(ingest.namespace, &delta.key, record);
         }
         append(state, ingest.namespace, change);

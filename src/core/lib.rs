@@ -6,7 +6,9 @@
 //! clock, no randomness, no hash-map order, no floats; `.clippy.toml` of this folder bans them.
 //!
 //! Reading order: [`id`], [`vector`], [`record`] (the merge), [`change`] (what travels),
-//! [`command`] and [`mod@execute`] (the state machine), [`token`] (what clients carry).
+//! [`command`] and [`mod@execute`] (the state machine), [`token`] (what clients carry). What links do
+//! is decided by [`outgoing`], [`pending`], [`relay`] and [`repair`]; what may be forgotten by
+//! [`stability`]; what must hold of all of it is in [`invariant`].
 //!
 //! Not here: storage, consensus, networks, and every decision about *when* to do something.
 
@@ -16,13 +18,18 @@ pub mod command;
 pub mod execute;
 pub mod hlc;
 pub mod id;
+pub mod invariant;
 pub mod key;
 pub mod ledger;
 pub mod merkle;
 pub mod namespace;
+pub mod outgoing;
+pub mod pending;
 pub mod placement;
 pub mod record;
+pub mod relay;
 pub mod repair;
+pub mod stability;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod token;

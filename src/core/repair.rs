@@ -18,7 +18,12 @@
 //!   since the comparison: what came meanwhile may have been superseded, in records that were
 //!   equal and so were not merged, by what the frontier would then claim to have seen.
 //! * Every tombstone that the receiver has not seen is merged: trees do not show them, and a later
-//!   deletion must win against an earlier write.
+//!   deletion must win against an earlier write. It comes before the absence of the value that it
+//!   replaced: whoever writes in between must write later than the deletion.
+//! * Absence takes away values only. What was compared is older than what is merged: meanwhile the
+//!   key may have been deleted here, too.
+//! * The ledger comes before records: who repairs from a half-repaired region must not miss why a
+//!   value is gone.
 //! * So is every record of the source that is ahead of its own frontier, even where digests are
 //!   equal: only its context says what was superseded there.
 //!
@@ -35,7 +40,7 @@ use crate::{
     id::Dot,
     ledger::LedgerEntry,
     merkle::{Block, FAN_OUT, Tree, digest},
-    record::{Dropped, Record, Rule, Sibling},
+    record::{Content, Dropped, Record, Rule, Sibling},
     vector::{VersionVector, decode_dot, encode_dot},
 };
 
@@ -185,6 +190,9 @@ pub fn merge(
         let is_gone = match offered(dot) {
             Some(Offered::Whole(theirs)) if theirs != sibling => return Err(DotReused(dot)),
             Some(_) => false,
+            // A source that has no value may hold the tombstone all the same, or have collected it:
+            // here it must stay until it is collected, for older writes that are still to come.
+            None if offer.siblings.is_empty() && sibling.content == Content::Tombstone => false,
             None => sides.saw_superseded(dot, sides.cut, &offer.context),
         };
         if !is_gone {

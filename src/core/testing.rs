@@ -129,7 +129,12 @@ impl MemoryRepair {
             let block = theirs.block(high).copied().unwrap_or([0; FAN_OUT]);
             repair::differing_leaves(&mine, high, &block)
         });
-        let mut offers = Vec::new();
+        let untold = source.held(namespace).filter(|(_, record)| {
+            let is_dead = record.is_dead() && repair::lacks_tombstone(&known, record);
+            is_dead || repair::is_ahead(&cut, record)
+        });
+        let mut offers: Vec<Offer> =
+            untold.map(|(key, record)| Offer::new(key.clone(), record, &known)).collect();
         for leaf in leaves {
             let listed: Vec<(Bytes, u64)> = receiver
                 .leaf(namespace, leaf)
@@ -142,11 +147,6 @@ impl MemoryRepair {
             offers.extend(repair::absent_offers(&listed, &offered, &answer.unknown));
             offers.extend(answer.offers);
         }
-        let untold = source.held(namespace).filter(|(_, record)| {
-            let is_dead = record.is_dead() && repair::lacks_tombstone(&known, record);
-            is_dead || repair::is_ahead(&cut, record)
-        });
-        offers.extend(untold.map(|(key, record)| Offer::new(key.clone(), record, &known)));
         let ledger = source
             .ledger
             .iter()
@@ -156,9 +156,8 @@ impl MemoryRepair {
             let (cut, ahead, trust) = (cut.clone(), ahead.clone(), Trust::Coverage);
             Command::Merge(Merge { namespace, rule, cut, ahead, trust, offers, ledger })
         };
-        let mut commands: Vec<Command> =
-            offers.chunks(page.max(1)).map(|page| merge(page.to_vec(), Vec::new())).collect();
-        commands.push(merge(Vec::new(), ledger.collect()));
+        let mut commands = vec![merge(Vec::new(), ledger.collect())];
+        commands.extend(offers.chunks(page.max(1)).map(|page| merge(page.to_vec(), Vec::new())));
         let advance =
             Advance { namespace, local, since: known, cut: cut.clone(), ahead: ahead.clone() };
         commands.push(Command::Advance(advance));

@@ -83,6 +83,15 @@ impl VersionVector {
         Self { entries }
     }
 
+    /// Point-wise difference: of each actor, by how much this is above `other`.
+    pub fn minus(&self, other: &Self) -> Self {
+        let above = self.entries.iter().map(|&(actor, seq)| {
+            let above = seq.saturating_sub(other.get(actor));
+            (actor, above)
+        });
+        Self { entries: above.filter(|&(_, above)| above > 0).collect() }
+    }
+
     /// How many events this covers that `other` does not.
     pub fn events_beyond(&self, other: &Self) -> u64 {
         let beyond = |&(actor, seq): &(Actor, u64)| seq.saturating_sub(other.get(actor));

@@ -1,6 +1,8 @@
 //! The sending side of one pull: every change that the peer lacks, in causal order, as it
 //! commits.
 //!
+//! What may be sent next is decided by [`tombolo_core::outgoing`].
+//!
 //! Reads the change log only, so a slow or absent peer costs nothing but its own stream. What is
 //! sent and not yet acknowledged is bounded by bytes.
 
@@ -16,7 +18,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
-use tombolo_core::{Actor, Change, NamespaceId, RegionId, VersionVector};
+use tombolo_core::{NamespaceId, RegionId, VersionVector, outgoing::Outgoing};
 use tombolo_proto::internal::v1 as pb;
 use tombolo_shard::{Shard, ShardError};
 use tombolo_storage::StoredChange;
@@ -41,15 +43,10 @@ pub(crate) struct Feed {
 }
 
 /// Where one namespace's stream stands.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Subscription {
-    /// Regions whose changes the peer wants from here.
-    origins: BTreeSet<RegionId>,
-    /// Sent up to here.
-    sent: VersionVector,
-    /// Sent batches that are not acknowledged: what covers them, and their bytes.
-    in_flight: VecDeque<(VersionVector, usize)>,
-    in_flight_bytes: usize,
+    /// What is sent, and what may be sent next.
+    outgoing: Outgoing,
     /// The frontier that the peer was told last, and when.
     told: Option<(VersionVector, Instant)>,
     /// The peer was told that its cursor lies in the trimmed part.
@@ -123,8 +120,7 @@ impl Feed {
                 for origin in subscribe.origins {
                     origins.insert(wire::decode_region(origin)?);
                 }
-                let subscription = Subscription { origins, sent, ..Subscription::default() };
-                self.subscriptions.insert(namespace, subscription);
+                self.subscriptions.insert(namespace, Subscription::new(origins, sent));
                 Ok(())
             }
             Some(pb::pull_request::Body::Acknowledge(acknowledge)) => {
@@ -132,7 +128,7 @@ impl Feed {
                 let frontier = wire::decode_frontier(acknowledge.frontier)?;
                 self.shard.peers().acknowledge(namespace, self.peer, &frontier);
                 if let Some(subscription) = self.subscriptions.get_mut(&namespace) {
-                    subscription.acknowledged(&frontier);
+                    subscription.outgoing.acknowledged(&frontier);
                 }
                 Ok(())
             }
@@ -150,7 +146,7 @@ impl Feed {
     ) -> Result<(), Status> {
         for (&namespace, subscription) in &mut self.subscriptions {
             while !subscription.trimmed
-                && subscription.in_flight_bytes < self.config.in_flight_bytes_max
+                && subscription.outgoing.in_flight_bytes() < self.config.in_flight_bytes_max
             {
                 let body = match subscription.next_batch(
                     &self.shard,
@@ -231,14 +227,8 @@ enum NextError {
 }
 
 impl Subscription {
-    fn acknowledged(&mut self, frontier: &VersionVector) {
-        while let Some((sent, bytes)) = self.in_flight.front() {
-            if !frontier.covers_all(sent) {
-                break;
-            }
-            self.in_flight_bytes -= bytes;
-            self.in_flight.pop_front();
-        }
+    fn new(origins: BTreeSet<RegionId>, sent: VersionVector) -> Self {
+        Self { outgoing: Outgoing::new(origins, sent), told: None, trimmed: false }
     }
 
     /// The next changes in causal order, encoded; `None` if all is sent.
@@ -248,65 +238,25 @@ impl Subscription {
         namespace: NamespaceId,
         bytes_max: usize,
     ) -> Result<Option<Vec<Bytes>>, NextError> {
-        let frontier = shard.frontier(namespace);
-        let behind: Vec<Actor> = frontier
-            .iter()
-            .filter(|&(actor, seq)| {
-                self.origins.contains(&actor.region) && self.sent.get(actor) < seq
-            })
-            .map(|(actor, _)| actor)
-            .collect();
+        let behind = self.outgoing.behind(&shard.frontier(namespace));
         if behind.is_empty() {
             return Ok(None);
         }
         let trimmed = shard.store().trimmed(namespace);
+        if self.outgoing.is_trimmed(&behind, &trimmed) {
+            return Err(NextError::Trimmed(trimmed));
+        }
         let mut waiting: Vec<VecDeque<StoredChange>> = Vec::with_capacity(behind.len());
-        for actor in behind {
-            if self.sent.get(actor) < trimmed.get(actor) {
-                return Err(NextError::Trimmed(trimmed));
-            }
-            let from = self.sent.get(actor) + 1;
+        for (actor, from) in behind {
             let changes = shard
                 .store()
                 .changes(namespace, actor, from, bytes_max)
                 .map_err(|error| NextError::Shard(error.into()))?;
             waiting.push(changes.into());
         }
-        let batch = self.merge(waiting, bytes_max);
-        if batch.is_empty() {
-            return Ok(None);
-        }
-        let bytes = batch.iter().map(Bytes::len).sum();
-        let covers = self.sent.iter().filter(|(actor, _)| self.origins.contains(&actor.region));
-        self.in_flight.push_back((covers.collect(), bytes));
-        self.in_flight_bytes += bytes;
-        Ok(Some(batch))
-    }
-
-    /// Merges several actors' changes so that causes come before effects.
-    fn merge(&mut self, mut waiting: Vec<VecDeque<StoredChange>>, bytes_max: usize) -> Vec<Bytes> {
-        let mut batch = Vec::new();
-        let mut bytes = 0;
-        while let Some(next) = waiting.iter_mut().find_map(|changes| {
-            let ready = changes.front().is_some_and(|stored| self.is_ready(&stored.decoded));
-            if ready { changes.pop_front() } else { None }
-        }) {
-            bytes += next.bytes.len();
-            self.sent.add(next.decoded.last());
-            batch.push(next.bytes);
-            if bytes >= bytes_max {
-                break;
-            }
-        }
-        batch
-    }
-
-    /// Whether all causes that this stream carries are sent. Others the peer waits for itself.
-    fn is_ready(&self, change: &Change) -> bool {
-        change
-            .depends_on
-            .iter()
-            .filter(|(actor, _)| self.origins.contains(&actor.region))
-            .all(|(actor, seq)| seq <= self.sent.get(actor))
+        let batch = self.outgoing.take(waiting, bytes_max, |stored: &StoredChange| {
+            (&stored.decoded, stored.bytes.len())
+        });
+        Ok((!batch.is_empty()).then(|| batch.into_iter().map(|stored| stored.bytes).collect()))
     }
 }

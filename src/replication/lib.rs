@@ -21,7 +21,6 @@ mod config;
 mod feed;
 mod links;
 mod pace;
-mod pending;
 mod puller;
 mod relay;
 mod repair;

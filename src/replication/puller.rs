@@ -21,6 +21,7 @@ use tombolo_core::{
     Change, NamespaceId, RegionId, Rule, VersionVector,
     command::{Ingested, LinkSetting, Stopped},
     namespace::Namespace,
+    pending::Pending,
 };
 use tombolo_proto::internal::v1::{self as pb, link_service_client::LinkServiceClient};
 use tombolo_shard::{Consistency, Shard, ShardError};
@@ -35,7 +36,6 @@ use crate::{
         STREAM_MESSAGES_MAX,
     },
     pace::Pace,
-    pending::Pending,
     relay::Paths,
     repair::{
         Gate,
@@ -615,6 +615,15 @@ impl Stream<'_> {
             (Ok(_), _) | (Err(_), Purpose::Check) => None,
             (Err(_), Purpose::CatchUp) => Some(Due { purpose, at: Instant::now() + pause, tried }),
         };
+        // Meanwhile the peer may have said that its log is gone further than this repair went. It
+        // sends nothing more until then, so the next one is due.
+        let frontier = puller.shard.frontier(id);
+        let is_beyond = |trimmed: &VersionVector| !frontier.covers_all(trimmed);
+        let is_due = lane.due.is_some_and(|due| due.purpose == Purpose::CatchUp);
+        if !is_due && lane.trimmed.as_ref().is_some_and(is_beyond) {
+            let at = Instant::now() + if result.is_ok() { Duration::ZERO } else { pause };
+            lane.due = Some(Due { purpose: Purpose::CatchUp, at, tried: 0 });
+        }
         puller.statuses.count_repair(puller.peer.id, |counts| match &result {
             Ok(Found::Equal) => counts.equal += 1,
             Ok(Found::CaughtUp) => counts.caught_up += 1,

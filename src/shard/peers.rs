@@ -1,9 +1,8 @@
 //! What other regions have applied of this shard.
 //!
-//! Two things are known of a region. What it *acknowledged*, when it pulled from here: that tells
-//! what may leave the change log, and whether a write has arrived. And what it *told*, when it was
-//! pulled from: that, once all of its own events in it are applied here, is what everything that
-//! can still come from there has seen, which is when a tombstone may go.
+//! What it *acknowledged*, when it pulled from here, tells what may leave the change log, and whether
+//! a write has arrived. What it *told*, when it was pulled from, tells which tombstones may go. What
+//! follows from them is decided by [`tombolo_core::stability`].
 //!
 //! Kept by the shard's leader, in memory: a new leader learns it again when the peers' streams
 //! reconnect, which they do at once. Until then a peer counts as having nothing, so nothing is
@@ -13,29 +12,10 @@ use std::collections::BTreeMap;
 
 use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
-use tombolo_core::{Dot, NamespaceId, RegionId, VersionVector};
-
-/// What a region told.
-#[derive(Debug, Default)]
-struct Told {
-    /// All of the region's own events in it are applied here.
-    settled: VersionVector,
-    /// Told since, and not settled yet. A later one replaces it only then: under a steady load the
-    /// latest is never settled.
-    waiting: Option<VersionVector>,
-}
-
-impl Told {
-    fn settle(&mut self, region: RegionId, local: &VersionVector) {
-        let is_here = |told: &VersionVector| {
-            let mut own = told.iter().filter(|(actor, _)| actor.region == region);
-            own.all(|(actor, seq)| seq <= local.get(actor))
-        };
-        if let Some(told) = self.waiting.take_if(|told| is_here(told)) {
-            self.settled.join(&told);
-        }
-    }
-}
+use tombolo_core::{
+    Dot, NamespaceId, RegionId, VersionVector,
+    stability::{self, Told},
+};
 
 type Frontiers = BTreeMap<NamespaceId, BTreeMap<RegionId, VersionVector>>;
 
@@ -73,9 +53,7 @@ impl PeerFrontiers {
     ) {
         let mut told = self.told.lock();
         let told = told.entry(namespace).or_default().entry(region).or_default();
-        told.settle(region, local);
-        told.waiting.get_or_insert(frontier);
-        told.settle(region, local);
+        told.tell(region, frontier, local);
     }
 
     /// What every event that can still come from `region` has seen; empty if it told nothing yet.
@@ -87,11 +65,7 @@ impl PeerFrontiers {
     ) -> VersionVector {
         let mut told = self.told.lock();
         let told = told.get_mut(&namespace).and_then(|regions| regions.get_mut(&region));
-        told.map(|told| {
-            told.settle(region, local);
-            told.settled.clone()
-        })
-        .unwrap_or_default()
+        told.map(|told| told.settled(region, local).clone()).unwrap_or_default()
     }
 
     /// Forgets everything, when leadership is lost.
@@ -118,14 +92,9 @@ impl PeerFrontiers {
         regions: impl IntoIterator<Item = RegionId>,
     ) -> VersionVector {
         let frontiers = self.frontiers.borrow();
-        let mut stable = local.clone();
-        for region in regions {
-            match frontiers.get(&namespace).and_then(|held| held.get(&region)) {
-                Some(frontier) => stable = stable.meet(frontier),
-                None => return VersionVector::new(),
-            }
-        }
-        stable
+        let held = frontiers.get(&namespace);
+        let of = |region| held.and_then(|held| held.get(&region));
+        stability::stable(local, regions.into_iter().map(of))
     }
 
     /// Waits until `count` regions cover `dot`; answers whether they did before the deadline.

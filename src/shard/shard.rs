@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use tombolo_cluster::Topology;
 use tombolo_consensus::Group;
-use tombolo_core::{NamespaceId, NodeId, RegionId, ShardId, VersionVector};
+use tombolo_core::{NamespaceId, NodeId, RegionId, ShardId, VersionVector, stability};
 use tombolo_storage::ShardStore;
 
 use crate::{clock::Clock, error::ShardError, headroom::Headroom, peers::PeerFrontiers};
@@ -107,7 +107,7 @@ impl Shard {
         let local = self.frontier(namespace);
         let peers = self.inner.topology.peers();
         let settled = peers.map(|peer| self.inner.peers.settled(namespace, peer.id, &local));
-        settled.fold(local.clone(), |stable, settled| stable.meet(&settled))
+        stability::collectable(&local, settled)
     }
 
     /// The regions that keep tombstones of a namespace from going: those that have not told, or

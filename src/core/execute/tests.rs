@@ -296,6 +296,32 @@ fn a_write_after_collection_wins_where_the_tombstone_is_still_held() {
 }
 
 #[test]
+fn a_batch_has_not_seen_of_one_key_what_a_repair_brought_of_another() {
+    let rule = Rule::Lww;
+    let [mut us, mut eu] = [MemoryState::default(), MemoryState::default()];
+    let deleted = |key| Operation { content: Content::Tombstone, ..put(key, "") };
+    run(&mut us, Write { rule, ..write(1, 50, vec![deleted("b")]) });
+    run(&mut us, Write { rule, ..write(1, 60, vec![put("c", "1")]) });
+    let log = us.changes_above(NS, &VersionVector::new());
+    // eu's repair is half done: it has brought `c` and not yet the deletion of `b`.
+    let repair = MemoryRepair { namespace: NS, rule, local: actor(2) };
+    let commands = repair.commands(&eu, &us, 1);
+    let brings = |command: &&Command| matches!(command, Command::Merge(it) if it.offers.iter().any(|offer| offer.key == "c"));
+    let Ok(_) = execute(&mut eu, commands.iter().find(brings).unwrap());
+    // Its clock is behind.
+    run(&mut eu, Write { rule, ..write(2, 5, vec![deleted("c"), deleted("b")]) });
+    run(&mut eu, Write { rule, ..write(2, 6, vec![put("b", "late")]) });
+    let theirs = eu.changes_above(NS, &us.frontier(NS));
+    for command in &commands {
+        let Ok(_) = execute(&mut eu, command);
+    }
+    let done = ingest(&mut us, 1, rule, theirs);
+    assert_eq!((done.stopped, log.len()), (None, 2));
+    assert_eq!(us.frontier(NS), eu.frontier(NS));
+    assert_eq!((values(&us, "b"), values(&us, "c")), (values(&eu, "b"), values(&eu, "c")));
+}
+
+#[test]
 fn an_expired_value_becomes_a_deletion_and_what_is_concurrent_with_it_stays() {
     let [mut us, mut eu] = [MemoryState::default(), MemoryState::default()];
     let until = |wall| Content::Value { data: "v".into(), expire: HybridTime::new(wall, 0) };

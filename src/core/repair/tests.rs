@@ -102,6 +102,21 @@ fn between_equal_frontiers_a_difference_is_damage_and_nothing_is_dropped() {
 }
 
 #[test]
+fn absence_of_a_value_takes_away_no_tombstone() {
+    // Compared while the value was here; then the deletion came.
+    let tombstone = sibling(EU, 1, 9, "");
+    let mine = Record::resolved(vector(1, 1), vec![tombstone.clone()], Rule::Lww).0;
+    let both = vector(1, 1);
+    let sides = Sides { applied: &both, cut: &both, trust: Trust::Coverage };
+    let absent = Offer::absent(Bytes::from_static(b"k"));
+    let (merged, _) = merge(&mine, &absent, sides, Rule::Lww).unwrap();
+    assert_eq!(merged.siblings(), [tombstone]);
+    let value = Record::resolved(vector(1, 0), vec![sibling(US, 1, 5, "v")], Rule::Lww).0;
+    let (merged, _) = merge(&value, &absent, sides, Rule::Lww).unwrap();
+    assert!(merged.siblings().is_empty());
+}
+
+#[test]
 fn two_writes_under_one_dot_are_refused() {
     let mine = record(vector(1, 0), vec![sibling(US, 1, 1, "first life")]);
     let theirs = record(vector(1, 0), vec![sibling(US, 1, 1, "second life")]);

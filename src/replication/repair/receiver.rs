@@ -128,6 +128,9 @@ const LISTED_MAX: usize = 4096;
 impl Repair {
     /// Repairs. Dropping it is safe at any moment: what is merged stays merged.
     pub(crate) async fn run(self, purpose: Purpose) -> Result<Found, RepairError> {
+        if purpose == Purpose::CatchUp {
+            self.settle().await?;
+        }
         let mut damage = None;
         for _ in 0..ATTEMPTS_MAX {
             let comparison =
@@ -169,6 +172,24 @@ impl Repair {
                 "changes of other regions kept coming during the repair".to_owned(),
             )),
         }
+    }
+
+    /// Waits for what an earlier repair proposed and did not wait for, by merging nothing behind it.
+    ///
+    /// Merged between the comparison and the end of this repair, it could bring back what the source
+    /// has seen replaced, where both sides were equal: the frontier would cover that, unseen.
+    async fn settle(&self) -> Result<(), RepairError> {
+        let nothing = Merge {
+            namespace: self.namespace.id,
+            rule: self.namespace.rule,
+            cut: VersionVector::new(),
+            ahead: VersionVector::new(),
+            trust: Trust::Coverage,
+            offers: Vec::new(),
+            ledger: Vec::new(),
+        };
+        self.shard.merge(nothing, Instant::now() + MERGE_TIMEOUT).await?;
+        Ok(())
     }
 
     fn session(&self, trust: Trust, leaves: usize) -> Session<'_> {

@@ -91,8 +91,15 @@ impl<'a> Session<'a> {
 
     fn run(self, mut asked: Asked) -> Result<(), Status> {
         self.send_cut()?;
+        // Whoever wants keys only wants nothing else.
+        let mut has_sent_rest = self.keys_only;
         while let Some(request) = asked.blocking_recv() {
             let request = request.map_err(Status::unavailable)?;
+            // Deletions, and why values are gone, come before the absence of values. Not before the
+            // first request: a receiver that only compares wants nothing more.
+            if !std::mem::replace(&mut has_sent_rest, true) {
+                self.send_rest()?;
+            }
             let Some(pb::repair_request::Body::Leaves(page)) = request.body else {
                 return Err(malformed("leaves"));
             };
@@ -100,7 +107,7 @@ impl<'a> Session<'a> {
                 self.answer(leaf)?;
             }
         }
-        if !self.keys_only {
+        if !has_sent_rest {
             self.send_rest()?;
         }
         self.send(pb::repair_response::Body::End(pb::RepairEnd {}))
@@ -138,9 +145,23 @@ impl<'a> Session<'a> {
         self.send(pb::repair_response::Body::Answer(last))
     }
 
-    /// Sends what trees do not show.
+    /// Sends what trees do not show: first the ledger, then records.
     fn send_rest(&self) -> Result<(), Status> {
         let (cut, known) = (&self.cut, &self.known);
+        let (mut page, mut sent) = (Page::default(), Ok(()));
+        let read = cut.ledger(|entry| {
+            if repair::lacks_entry(known, &entry)
+                && let Some(ledger) = page.add(entry.to_bytes())
+            {
+                sent = self.send_entries(ledger);
+            }
+            sent.is_ok()
+        });
+        read.map_err(|error| unreadable(&error))?;
+        sent?;
+        if !page.offers.is_empty() {
+            self.send_entries(page.offers)?;
+        }
         self.send_offers(|take| {
             cut.tombstones(|key, record| {
                 !repair::lacks_tombstone(known, &record) || take(Offer::new(key, &record, known))
@@ -154,18 +175,7 @@ impl<'a> Session<'a> {
                 })
             })?;
         }
-        let (mut page, mut sent) = (Page::default(), Ok(()));
-        let read = cut.ledger(|entry| {
-            if repair::lacks_entry(known, &entry)
-                && let Some(ledger) = page.add(entry.to_bytes())
-            {
-                sent = self.send_entries(ledger);
-            }
-            sent.is_ok()
-        });
-        read.map_err(|error| unreadable(&error))?;
-        sent?;
-        if page.offers.is_empty() { Ok(()) } else { self.send_entries(page.offers) }
+        Ok(())
     }
 
     fn send_offers(

@@ -1,32 +1,38 @@
 //! Changes that have arrived and are not applied yet: what may go next, and what must wait.
 //!
-//! Pure. The peer sends changes in causal order as far as its own origins go; a change may still
-//! depend on a third region's change that comes over another link. It waits here, and everything
-//! of its actor behind it.
+//! The receiving half of a link; [`crate::outgoing`] is the sending one. The peer sends changes in
+//! causal order as far as its own origins go; a change may still depend on a third region's change
+//! that comes over another link. It waits here, and everything of its actor behind it.
+//!
+//! Invariants:
+//! * What is taken can be applied in that order on top of the frontier, without a gap.
+//! * Nothing that a stream brings in any order, or twice, makes what can be applied wait for ever.
+//!
+//! Not here: applying ([`mod@crate::execute`]), when to try (`tombolo-replication`).
 
 use std::collections::BTreeMap;
 
-use tombolo_core::{Actor, Change, VersionVector};
+use crate::{change::Change, id::Actor, vector::VersionVector};
 
 /// The received changes of one namespace, each actor's in its own order.
 ///
 /// By actor, because a stream that begins again with other origins still brings what was under
 /// way: a change may arrive before one that it depends on, or twice.
 #[derive(Debug, Default)]
-pub(crate) struct Pending {
+pub struct Pending {
     changes: BTreeMap<Actor, BTreeMap<u64, (Change, usize)>>,
 }
 
 impl Pending {
     /// A change arrived that took `bytes` on the wire.
-    pub(crate) fn push(&mut self, change: Change, bytes: usize) {
+    pub fn push(&mut self, change: Change, bytes: usize) {
         let actor = self.changes.entry(change.actor).or_default();
         actor.insert(change.first_seq, (change, bytes));
     }
 
     /// Takes what can be applied on top of `frontier`, in causal order, up to `bytes_max` but at
     /// least one change. Empty if all of it must wait.
-    pub(crate) fn take_ready(&mut self, frontier: &VersionVector, bytes_max: usize) -> Vec<Change> {
+    pub fn take_ready(&mut self, frontier: &VersionVector, bytes_max: usize) -> Vec<Change> {
         let mut reached = frontier.clone();
         let mut ready = Vec::new();
         let mut bytes = 0;
@@ -59,24 +65,25 @@ impl Pending {
     }
 
     /// What a change that must wait waits for.
-    pub(crate) fn waits_for(&self) -> Option<&VersionVector> {
+    pub fn waits_for(&self) -> Option<&VersionVector> {
         let mut first = self.changes.values().filter_map(BTreeMap::first_key_value);
         first.next().map(|(_, (change, _))| &change.depends_on)
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
         self.changes.values().all(BTreeMap::is_empty)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use tombolo_core::{
-        Actor, Content, Dot, HybridTime, RegionId,
-        record::{Delta, Sibling},
-    };
-
     use super::*;
+    use crate::{
+        hlc::HybridTime,
+        id::{Dot, RegionId},
+        record::{Content, Delta, Sibling},
+    };
 
     fn actor(region: u16) -> Actor {
         Actor { region: RegionId(region), incarnation: 1 }
@@ -87,7 +94,8 @@ mod tests {
         let sibling = Sibling { dot, time: HybridTime::ZERO, content: Content::Tombstone };
         let delta = Delta { key: "k".into(), sibling, supersedes: Vec::new() };
         let depends_on = depends_on.iter().map(|&(region, seq)| (actor(region), seq)).collect();
-        Change { actor: actor(region), first_seq: seq, depends_on, deltas: vec![delta] }
+        let ahead_by = VersionVector::new();
+        Change { actor: actor(region), first_seq: seq, depends_on, ahead_by, deltas: vec![delta] }
     }
 
     fn seqs(changes: &[Change]) -> Vec<u64> {
