@@ -36,7 +36,7 @@ async fn start() -> (Cluster, Network) {
 
 /// The link of the default namespace.
 async fn link(client: &Client) -> proto::Link {
-    let links = client.admin().list_links(None).await.unwrap().links;
+    let links = client.admin().list_links(None).await.expect("links").links;
     links.into_iter().find(|link| link.namespace == "default").expect("one link")
 }
 

@@ -62,7 +62,7 @@ async fn exchanged(cluster: &Cluster) -> f64 {
 async fn roots(clients: [&Client; 2]) -> BTreeSet<(Vec<u8>, u64, bool)> {
     let mut roots = BTreeSet::new();
     for client in clients {
-        for row in client.admin().summarize_namespace("default").await.unwrap().shards {
+        for row in client.admin().summarize_namespace("default").await.expect("summaries").shards {
             roots.insert((row.frontier.to_vec(), row.root, row.repairing));
         }
     }
@@ -87,7 +87,7 @@ async fn wait_until_equal(clients: [&Client; 2]) {
 
 async fn wait_until_trimmed(client: &Client) {
     wait_until("the change log was trimmed", async || {
-        let links = client.admin().list_links(None).await.unwrap().links;
+        let links = client.admin().list_links(None).await.expect("links").links;
         links.iter().all(|link| link.unacknowledged_bytes <= 1 << 10)
     })
     .await;

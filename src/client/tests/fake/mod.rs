@@ -705,7 +705,7 @@ impl RegionService for Node {
         _: Request<v1::ListDifferencesRequest>,
     ) -> Result<Response<v1::ListDifferencesResponse>, Status> {
         let dot = v1::Dot { region: 1, incarnation: 1, seq: 7 };
-        let key = v1::KeyDifference { key: "cart".into(), here: vec![dot.clone()], there: vec![] };
+        let key = v1::KeyDifference { key: "cart".into(), here: vec![dot], there: vec![] };
         let row = v1::ShardDifferences { shard: 1, same_point: true, keys: vec![key], more: false };
         Ok(Response::new(v1::ListDifferencesResponse { shards: vec![row], unreachable: vec![] }))
     }
