@@ -75,7 +75,8 @@ pub enum LinkCommand {
         #[command(flatten)]
         connection: Connection,
     },
-    /// Stops pulling from a region until it is resumed, also over restarts
+    /// Stops pulling from a region until it is resumed, also over restarts; with a third region, what
+    /// it writes may still come through that one
     Pause {
         #[arg(value_name = "REGION")]
         peer: String,

@@ -1,6 +1,6 @@
 //! `ctl repair`, `ctl at-risk`, and the keys that `ctl verify` lists: what regions lack of each other.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::time::Duration;
 
@@ -53,6 +53,13 @@ pub struct AtRisk {
 
 pub(crate) async fn repair(args: &Repair, io: &mut Io) -> Result<Exit, Failure> {
     let (client, _) = args.connection.connect(io, None).await?;
+    let links = async || {
+        let links = client.admin().list_links(Some(&args.peer)).await?.links;
+        let wanted = |link: &v1::Link| args.only.as_ref().is_none_or(|it| *it == link.namespace);
+        Ok::<_, Failure>(links.into_iter().filter(wanted).collect::<Vec<_>>())
+    };
+    let before: BTreeMap<_, _> =
+        links().await?.iter().map(|link| (place(link), link.repairs_done)).collect();
     let reply = client.admin().start_repair(&args.peer, args.only.as_deref()).await?;
     if !reply.unreachable.is_empty() {
         writeln!(io.err, "incomplete: no answer from {}", reply.unreachable.join(", "))?;
@@ -66,31 +73,40 @@ pub(crate) async fn repair(args: &Repair, io: &mut Io) -> Result<Exit, Failure> 
         return Ok(Exit::Ok);
     }
     let deadline = Instant::now() + args.connection.timeout.unwrap_or(PATIENCE);
-    // What was asked for begins within a second.
-    tokio::time::sleep(PAUSE * 3).await;
     loop {
-        let links = client.admin().list_links(Some(&args.peer)).await?.links;
-        let wanted = |link: &&v1::Link| args.only.as_ref().is_none_or(|it| *it == link.namespace);
-        let repairing: Vec<&v1::Link> = links
-            .iter()
-            .filter(wanted)
-            .filter(|link| link.phase() == v1::LinkPhase::Repairing)
-            .collect();
-        if repairing.is_empty() {
+        let now = links().await?;
+        let is_done = |link: &&v1::Link| {
+            let done = before.get(&place(link)).copied().unwrap_or_default();
+            link.repairs_done > done && link.phase() != v1::LinkPhase::Repairing
+        };
+        let done = now.iter().filter(is_done).count();
+        if done > 0 && done == now.len() {
             return Ok(Exit::Ok);
         }
-        if Instant::now() >= deadline {
-            let failed: BTreeSet<&str> = repairing
+        let paused = now.iter().any(|link| link.phase() == v1::LinkPhase::Paused);
+        if paused || Instant::now() >= deadline {
+            let errors: BTreeSet<&str> = now
                 .iter()
                 .map(|link| link.last_error.as_str())
                 .filter(|error| !error.is_empty())
                 .collect();
-            let failed: Vec<&str> = failed.into_iter().collect();
-            writeln!(io.err, "{} links still repair; {}", repairing.len(), failed.join("; "))?;
+            let errors: Vec<&str> = errors.into_iter().collect();
+            writeln!(
+                io.err,
+                "{} of {} links have not repaired: {}",
+                now.len() - done,
+                now.len(),
+                errors.join("; ")
+            )?;
             return Ok(Exit::Unavailable);
         }
         tokio::time::sleep(PAUSE).await;
     }
+}
+
+/// Which link it is; another leader counts anew.
+fn place(link: &v1::Link) -> (String, u32, u64) {
+    (link.namespace.clone(), link.shard, link.node_id)
 }
 
 #[derive(Serialize)]
@@ -155,7 +171,9 @@ pub(crate) async fn at_risk(args: &AtRisk, io: &mut Io) -> Result<Exit, Failure>
         }
     }
     if !reply.unreachable.is_empty() {
+        // What nobody knows is not nothing.
         writeln!(io.err, "incomplete: no answer from {}", reply.unreachable.join(", "))?;
+        return Ok(Exit::Unavailable);
     }
     Ok(Exit::Ok)
 }

@@ -73,6 +73,7 @@ pub(crate) async fn verify(args: &Verify, io: &mut Io) -> Result<Exit, Failure> 
     let (one, _) = connect(&args.one).connect(io, None).await?;
     let (other, _) = connect(&args.other).connect(io, None).await?;
     let deadline = Instant::now() + args.connection.timeout.unwrap_or(PATIENCE);
+    let shards = one.cluster().await?.shard_count as usize;
     let mut rows: BTreeMap<u32, Row> = BTreeMap::new();
     loop {
         let (left, right) = (one.admin(), other.admin());
@@ -88,8 +89,7 @@ pub(crate) async fn verify(args: &Verify, io: &mut Io) -> Result<Exit, Failure> 
             }
         }
         let moving = rows.values().filter(|row| row.verdict == Verdict::Moving).count();
-        let missing = right.len().saturating_sub(rows.len());
-        if (moving == 0 && missing == 0 && !rows.is_empty()) || Instant::now() >= deadline {
+        if (moving == 0 && rows.len() >= shards) || Instant::now() >= deadline {
             break;
         }
         tokio::time::sleep(PAUSE).await;
@@ -106,13 +106,18 @@ pub(crate) async fn verify(args: &Verify, io: &mut Io) -> Result<Exit, Failure> 
             rows.len()
         )));
     }
-    if moving > 0 || rows.is_empty() {
+    let missing = shards.saturating_sub(rows.len());
+    if missing > 0 {
+        writeln!(io.err, "{missing} of {shards} shards have no leader in one of the regions")?;
+    }
+    if moving > 0 {
         writeln!(
             io.err,
-            "{moving} of {} shards were never seen at the same point: writes are under way, or a \
-             link is cut",
-            rows.len()
+            "{moving} of {shards} shards were never seen at the same point: writes are under way, \
+             or a link is cut"
         )?;
+    }
+    if missing + moving > 0 {
         return Ok(Exit::Unavailable);
     }
     Ok(Exit::Ok)

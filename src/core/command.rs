@@ -225,7 +225,7 @@ pub enum Outcome {
     Collected(usize),
     /// So many values were deleted.
     Expired(usize),
-    /// A repair claims writes of this very region that this region does not know.
+    /// Nothing was done: another region holds writes of this very region that this one does not know.
     OwnChangeUnknown,
     /// Records were merged.
     Merged(Merged),

@@ -116,6 +116,10 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
         });
     }
     let frontier = state.frontier(write.namespace);
+    if frontier.get(write.actor) < state.ahead(write.namespace).get(write.actor) {
+        // Records have seen writes of this region that it does not know: they would swallow this one.
+        return Ok(Outcome::OwnChangeUnknown);
+    }
     if let Some(needed) = context_ahead(state, write, &frontier)? {
         return Ok(Outcome::ContextAhead { needed, frontier });
     }

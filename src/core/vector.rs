@@ -18,6 +18,9 @@ use crate::{
 /// Most actors in one vector. Regions times the incarnations that are not retired yet.
 pub const ACTORS_MAX: usize = 1024;
 
+/// Largest sequence number. No actor reaches it; what claims to is damage, and must not overflow.
+pub const SEQ_MAX: u64 = u64::MAX >> 1;
+
 /// For each actor, how many of its events are covered. Actors without events are absent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct VersionVector {
@@ -136,7 +139,7 @@ impl VersionVector {
             let actor = decode_actor(reader)?;
             let seq = reader.varint()?;
             let in_order = entries.last().is_none_or(|&(last, _)| last < actor);
-            if seq == 0 || !in_order {
+            if seq == 0 || seq > SEQ_MAX || !in_order {
                 return Err(reader.invalid(seq));
             }
             entries.push((actor, seq));
@@ -222,7 +225,7 @@ pub(crate) fn encode_dot(dot: Dot, writer: &mut Writer) {
 pub(crate) fn decode_dot(reader: &mut Reader) -> Result<Dot, DecodeError> {
     let actor = decode_actor(reader)?;
     let seq = reader.varint()?;
-    if seq == 0 {
+    if seq == 0 || seq > SEQ_MAX {
         return Err(reader.invalid(seq));
     }
     Ok(Dot { actor, seq })

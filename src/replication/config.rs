@@ -62,3 +62,5 @@ pub(crate) const MERGE_BYTES_MAX: usize = 256 << 10;
 pub(crate) const LEAF_PAGE_BYTES: usize = 64 << 10;
 /// How long a merge may take before its outcome counts as unknown.
 pub(crate) const MERGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a repair's source waits for a receiver that takes nothing, which may be paced.
+pub(crate) const REPAIR_STALL_TIMEOUT: Duration = Duration::from_secs(300);

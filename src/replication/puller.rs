@@ -346,7 +346,11 @@ impl Stream<'_> {
         loop {
             applied.borrow_and_update();
             gate.borrow_and_update();
-            let read_from = self.puller.pace.free_at();
+            let pacing = self.puller.pace.wait(self.puller.setting().bytes_per_second);
+            if pacing.is_some() {
+                // Nothing is read, so nothing can be heard.
+                heard = Instant::now();
+            }
             self.start_repair();
             self.start_ingest();
             let ingesting = self.ingest.is_some();
@@ -363,10 +367,8 @@ impl Stream<'_> {
                     self.repaired(id, purpose, result).await?;
                 }
                 changed = gate.changed() => changed.map_err(|_| PullError::Stopped)?,
-                () = tokio::time::sleep_until(read_from), if read_from > Instant::now() => {
-                    heard = Instant::now();
-                }
-                message = stream.message(), if read_from <= Instant::now() => {
+                () = tokio::time::sleep(pacing.unwrap_or_default()), if pacing.is_some() => {}
+                message = stream.message(), if pacing.is_none() => {
                     heard = Instant::now();
                     match message {
                         Ok(Some(message)) => self.receive(message)?,
@@ -488,6 +490,11 @@ impl Stream<'_> {
                     .map_err(|status| broken(status.message()))?;
                 let id = NamespaceId(heartbeat.namespace);
                 let (peer, shard) = (self.puller.peer.id, &self.puller.shard);
+                let own = shard.topology().actor();
+                // This leader was current when the stream began, and the peer has it from here.
+                if shard.frontier(id).get(own) < frontier.get(own) {
+                    return Err(PullError::Broken(RepairError::OwnChangeUnknown.to_string()));
+                }
                 self.puller.paths.tell(peer, id, frontier.clone());
                 shard.peers().tell(id, peer, frontier.clone(), &shard.frontier(id));
                 if let Some(lane) = self.lanes.get_mut(&id) {
@@ -555,6 +562,9 @@ impl Stream<'_> {
         for (&id, lane) in &mut self.lanes {
             if self.puller.statuses.take_asked(self.puller.key(id)) {
                 lane.due = Some(Due::now(Purpose::CatchUp));
+                self.puller.statuses.update(self.puller.key(id), |status| {
+                    status.phase = LinkPhase::Repairing;
+                });
             } else if check && lane.due.is_none() {
                 lane.due = Some(Due::now(Purpose::Check));
             }
@@ -585,7 +595,8 @@ impl Stream<'_> {
                 namespace: Arc::clone(&lane.namespace),
                 channels: puller.channels.clone(),
                 statuses: Arc::clone(&puller.statuses),
-                pace: Some((Arc::clone(&puller.pace), puller.setting().bytes_per_second)),
+                setting: puller.settings.clone(),
+                pace: Arc::clone(&puller.pace),
                 config: puller.config.clone(),
             };
             self.repair = Some(Box::pin(async move {
@@ -608,7 +619,10 @@ impl Stream<'_> {
         let tried = lane.due.map_or(0, |due| due.tried) + 1;
         // At first soon, then less and less often.
         let pause = jittered(puller.config.retry_max.min(RETRY_MIN * tried));
+        // What was asked for meanwhile is still to do.
+        let asked = lane.due.filter(|due| due.purpose == Purpose::CatchUp);
         lane.due = match (&result, purpose) {
+            (_, Purpose::Check) if asked.is_some() => asked,
             (Ok(Found::Moving), _) if tried < CHECKS_MAX => {
                 Some(Due { purpose, at: Instant::now() + pause, tried })
             }
@@ -646,6 +660,7 @@ impl Stream<'_> {
                     puller.statuses.update(puller.key(id), |status| {
                         status.phase = LinkPhase::Streaming;
                         status.last_error = None;
+                        status.repairs_done += 1;
                     });
                 }
                 self.moved = Instant::now();
@@ -663,16 +678,16 @@ impl Stream<'_> {
                     error = %reason,
                     "repair broken off, will retry"
                 );
-                let is_final = !matches!(error, RepairError::Broken(_));
-                puller.statuses.update(puller.key(id), |status| {
-                    status.last_error = Some(reason);
-                    if purpose == Purpose::CatchUp {
+                if !matches!(error, RepairError::Broken(_)) {
+                    return Err(PullError::Broken(reason));
+                }
+                // A comparison that failed changes nothing about the stream.
+                if purpose == Purpose::CatchUp {
+                    puller.statuses.update(puller.key(id), |status| {
+                        status.last_error = Some(reason);
                         status.next_retry = SystemTime::now().checked_add(pause);
-                    }
-                    if is_final {
-                        status.phase = LinkPhase::Blocked;
-                    }
-                });
+                    });
+                }
                 Ok(())
             }
         }

@@ -54,6 +54,8 @@ pub struct LinkStatus {
     pub received_bytes: u64,
     /// How far a repair is.
     pub repair: Option<RepairProgress>,
+    /// Repairs that ended well.
+    pub repairs_done: u64,
 }
 
 /// How far a repair is.

@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 
 use tombolo_cluster::{Region, Topology};
-use tombolo_core::{Actor, NamespaceId, RegionId, VersionVector};
+use tombolo_core::{
+    Actor, NamespaceId, RegionId, VersionVector,
+    vector::{ACTORS_MAX, SEQ_MAX},
+};
 use tombolo_proto::internal::v1 as pb;
 use tonic::Status;
 
@@ -21,9 +24,16 @@ pub(crate) fn encode_frontier(frontier: &VersionVector) -> Vec<pb::VectorEntry> 
 }
 
 pub(crate) fn decode_frontier(entries: Vec<pb::VectorEntry>) -> Result<VersionVector, Status> {
+    if entries.len() > ACTORS_MAX {
+        return Err(Status::invalid_argument(format!("a vector of {} actors", entries.len())));
+    }
     entries
         .into_iter()
         .map(|entry| {
+            if entry.seq > SEQ_MAX {
+                let what = format!("sequence number {} is too large", entry.seq);
+                return Err(Status::invalid_argument(what));
+            }
             let region = decode_region(entry.region)?;
             Ok((Actor { region, incarnation: entry.incarnation }, entry.seq))
         })

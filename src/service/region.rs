@@ -72,6 +72,7 @@ impl RegionApi {
             received_events: status.received_events,
             received_bytes: status.received_bytes,
             unacknowledged_bytes: lag.bytes,
+            repairs_done: status.repairs_done,
             repair: status.repair.map(|progress| pb::RepairProgress {
                 share: progress.share(),
                 seconds_left: progress.time_left().map_or(0.0, |left| left.as_secs_f64()),

@@ -601,6 +601,12 @@ impl ShardState for Run<'_> {
         actor: Actor,
         first_seq: u64,
     ) -> Result<Option<Bytes>, StorageError> {
+        // Trimmed in this run or an earlier one: how entries are grouped must make no difference.
+        let is_gone = |trimmed: &VersionVector| first_seq <= trimmed.get(actor);
+        let gone_here = self.trimmed.get(&namespace).is_some_and(is_gone);
+        if gone_here || self.shard.view.read().trimmed.get(&namespace).is_some_and(is_gone) {
+            return Ok(None);
+        }
         let appended = self.appended.get(&(namespace, actor));
         let here = appended.and_then(|all| all.iter().find(|it| it.first_seq == first_seq));
         match here {

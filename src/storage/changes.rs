@@ -184,7 +184,8 @@ impl ShardStore {
         let mut pairs = shard.log(namespace, actor, from_seq);
         pairs.seek_to_first();
         let Some(first) = pairs.value() else { return shard.check(&pairs).map(|()| 0) };
-        Ok(end - shard.log_end_of(first)?.saturating_sub(first.len() as u64))
+        // A trim between the two looks makes the answer 0, not nonsense.
+        Ok(end.saturating_sub(shard.log_end_of(first)?.saturating_sub(first.len() as u64)))
     }
 
     /// Size of a namespace's change log, in bytes before compression: a few seeks.

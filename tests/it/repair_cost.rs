@@ -1,6 +1,11 @@
 //! What comparing and repairing cost, in bytes exchanged. `scripts/repair-cost` runs it at full size.
+//!
+//! Latencies are printed and decide nothing.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use futures::{StreamExt, stream};
 use tombolo_client::Client;
@@ -93,6 +98,25 @@ async fn wait_until_trimmed(client: &Client) {
     .await;
 }
 
+/// Writes one key after the other until `end`; answers what 99 of 100 writes took at most.
+async fn slowest_percent(client: &Client, end: impl Future<Output = ()>) -> Duration {
+    let mut took = Vec::new();
+    let writing = async {
+        loop {
+            let began = Instant::now();
+            client.namespace("default").put("latency", "of a local write").await.expect("written");
+            took.push(began.elapsed());
+        }
+    };
+    // Both may be dropped: what was written is written.
+    tokio::select! {
+        () = writing => {}
+        () = end => {}
+    }
+    took.sort_unstable();
+    took[(took.len() * 99 / 100).min(took.len() - 1)]
+}
+
 /// Stops eu, lets `us` write, and starts eu again.
 async fn write_while_away(
     cluster: &mut Cluster,
@@ -138,9 +162,19 @@ async fn comparing_and_healing_cost_what_differs() {
     let before = metric(&cluster.members[0], "tombolo_repair_exchanged_bytes_total").await;
     let many = (keys_of_both() / 2).min(10_000);
     let step = keys_of_both() / many;
+    let quiet = slowest_percent(&eu, tokio::time::sleep(Duration::from_secs(3))).await;
+    wait_until_equal([&us, &eu]).await;
     let differing =
         write_while_away(&mut cluster, &us, (0..many).map(|number| number * step)).await;
     let eu = cluster.client("eu").await;
+    let repaired = wait_until("all of it came by repair", async || {
+        metric(&cluster.members[1], "tombolo_repair_records_total").await >= many as f64
+    });
+    let busy = slowest_percent(&eu, repaired).await;
+    println!(
+        "99 of 100 local writes within {quiet:?} before and {busy:?} during the repair: {:.2} times",
+        busy.as_secs_f64() / quiet.as_secs_f64()
+    );
     wait_until_equal([&us, &eu]).await;
     let cost = exchanged(&cluster).await - before;
     let bound = 2.0 * differing + 2.0 * MIB;

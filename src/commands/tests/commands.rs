@@ -446,6 +446,8 @@ async fn control_lists_are_tables_and_json() {
     SHARD  VERDICT  ONE               OTHER
     0      equal    0000000000000abc  0000000000000abc
     1      equal    0000000000000abd  0000000000000abd
+    2      equal    0000000000000abe  0000000000000abe
+    3      equal    0000000000000abf  0000000000000abf
     ");
     let repair = line("ctl repair eu default").on_tty().at(&region).await;
     assert_snapshot!(repair.err, @"4 links repair; `ctl link list` shows how far they are");

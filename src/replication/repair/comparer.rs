@@ -73,7 +73,8 @@ impl Comparer {
                 namespace: Arc::clone(namespace),
                 channels: self.channels.clone(),
                 statuses: Arc::clone(&self.statuses),
-                pace: None,
+                setting: shard.store().clone(),
+                pace: Arc::default(),
                 config: self.config.clone(),
             };
             let comparison = match repair.compare(Ask::Keys).await {

@@ -115,11 +115,15 @@ pub(crate) struct Repair {
     pub(crate) namespace: Arc<Namespace>,
     pub(crate) channels: LinkChannels,
     pub(crate) statuses: Arc<LinkStatuses>,
-    /// The link's limit in bytes a second, and who else is under it.
-    pub(crate) pace: Option<(Arc<Pace>, u64)>,
+    /// Where the link's limit is kept.
+    pub(crate) setting: ShardStore,
+    /// Shared by all that is under that limit.
+    pub(crate) pace: Arc<Pace>,
     pub(crate) config: ReplicationConfig,
 }
 
+/// Between two looks at the link's limit.
+const PACE_SLICE: Duration = Duration::from_millis(500);
 /// Comparisons before a repair gives up because changes of other regions keep coming.
 const ATTEMPTS_MAX: usize = 8;
 /// Leaves listed and not answered yet, beyond what the connection holds.
@@ -135,6 +139,13 @@ impl Repair {
         for _ in 0..ATTEMPTS_MAX {
             let comparison =
                 self.compare(if damage.is_some() { Ask::Everything } else { Ask::Lacking }).await?;
+            let own = self.shard.topology().actor();
+            let claimed = comparison.cut.get(own).max(comparison.ahead.get(own));
+            if comparison.since.get(own) < claimed {
+                // Before anything is merged: records that have seen these writes would swallow the
+                // next ones of this region, which carry the same dots.
+                return Err(RepairError::OwnChangeUnknown);
+            }
             let same_point = comparison.is_at_same_point();
             let leaves = comparison.leaves.len();
             match (same_point, damage, purpose) {
@@ -288,7 +299,7 @@ struct Lister {
     key: LinkKey,
     statuses: Arc<LinkStatuses>,
     requests: mpsc::Sender<pb::RepairRequest>,
-    listed: mpsc::Sender<Listed>,
+    listed: mpsc::Sender<Result<Listed, StorageError>>,
 }
 
 /// A leaf of this side.
@@ -317,9 +328,7 @@ impl Lister {
                 Ok(keys) => keys,
                 Err(error) => {
                     // The stream ends without what the peer waits for, and the repair with it.
-                    tracing::error!(
-                        shard = %self.store.id(), %error, "repair cannot read this side's data"
-                    );
+                    let _ = self.listed.blocking_send(Err(error));
                     return;
                 }
             };
@@ -327,7 +336,7 @@ impl Lister {
                 keys.iter().flat_map(|(_, digest)| digest.to_le_bytes()).collect();
             bytes += digests.len() + 8;
             page.leaves.push(pb::RepairLeaf { leaf: u32::from(leaf), digests: digests.into() });
-            if self.listed.blocking_send(Listed { leaf, keys }).is_err() {
+            if self.listed.blocking_send(Ok(Listed { leaf, keys })).is_err() {
                 return;
             }
             if bytes >= LEAF_PAGE_BYTES || page.leaves.len() >= LISTED_MAX / 4 {
@@ -369,7 +378,7 @@ pub(super) struct Comparison {
     /// Where the trees differ.
     leaves: Vec<u16>,
     to_list: oneshot::Sender<Vec<u16>>,
-    listed: mpsc::Receiver<Listed>,
+    listed: mpsc::Receiver<Result<Listed, StorageError>>,
     stream: Streaming<pb::RepairResponse>,
     key: LinkKey,
     statuses: Arc<LinkStatuses>,
@@ -391,7 +400,7 @@ impl Comparison {
         let mut offered = Vec::new();
         while answered < leaves {
             let Some(pb::repair_response::Body::Answer(answer)) = self.next().await? else {
-                return Err(broken("the peer ended before all leaves were answered"));
+                return Err(self.ended_early().await);
             };
             for encoded in answer.offers {
                 let offer = decode_offer(encoded)?;
@@ -432,9 +441,20 @@ impl Comparison {
 
     /// What this side has in the leaf that was answered: the peer answers in the order of listing.
     async fn listed_of(&mut self, leaf: u32) -> Result<Listed, RepairError> {
-        let listed = self.listed.recv().await;
-        let listed = listed.filter(|listed| u32::from(listed.leaf) == leaf);
-        listed.ok_or_else(|| broken("the peer answered a leaf out of turn"))
+        match self.listed.recv().await {
+            Some(Ok(listed)) if u32::from(listed.leaf) == leaf => Ok(listed),
+            Some(Err(error)) => Err(unreadable(&error)),
+            Some(Ok(_)) | None => Err(broken("the peer answered a leaf out of turn")),
+        }
+    }
+
+    /// Why the peer ended before all leaves were answered: this side could not list them, or its
+    /// own reasons.
+    async fn ended_early(&mut self) -> RepairError {
+        match self.listed.recv().await {
+            Some(Err(error)) => unreadable(&error),
+            Some(Ok(_)) | None => broken("the peer ended before all leaves were answered"),
+        }
     }
 
     /// Takes over what differs. Answers whether all of it is here: if not, changes came in between
@@ -480,7 +500,7 @@ impl Comparison {
             }
         }
         if session.progress.leaves_done < session.progress.leaves_total {
-            return Err(broken("the peer ended before all leaves were answered"));
+            return Err(self.ended_early().await);
         }
         Ok(session.flush(&self).await? && session.finish(&self).await?)
     }
@@ -550,9 +570,12 @@ impl Session<'_> {
             },
         );
         tokio::time::sleep(took.max(budget.saturating_sub(took))).await;
-        if let Some((pace, limit)) = &self.repair.pace {
-            pace.spend(bytes as u64, *limit);
-            tokio::time::sleep_until(pace.free_at()).await;
+        let limit = || self.repair.setting.links().get(&self.repair.peer.id).copied();
+        let limit = || limit().unwrap_or_default().bytes_per_second;
+        self.repair.pace.spend(bytes as u64, limit());
+        // In slices, so that a limit that was lifted counts at once.
+        while let Some(wait) = self.repair.pace.wait(limit()) {
+            tokio::time::sleep(wait.min(PACE_SLICE)).await;
         }
         Ok(true)
     }
@@ -585,6 +608,10 @@ impl Session<'_> {
 fn decode_offer(encoded: Bytes) -> Result<Offer, RepairError> {
     Offer::from_bytes(encoded)
         .map_err(|error| RepairError::Broken(format!("a damaged offer arrived: {error}")))
+}
+
+fn unreadable(error: &StorageError) -> RepairError {
+    RepairError::Broken(format!("this side's data: {error}"))
 }
 
 fn broken(reason: &str) -> RepairError {

@@ -2,7 +2,7 @@
 //! receiver lacks.
 //!
 //! Takes as long as the receiver wants it to: nothing is read ahead of what it takes. A receiver
-//! that takes nothing for [`STALL_TIMEOUT`] loses the cut.
+//! that takes nothing for [`REPAIR_STALL_TIMEOUT`] loses the cut.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use tonic::{Status, Streaming};
 
 use super::{decode_block, decode_digests, encode_block};
 use crate::{
-    config::{MERGE_BYTES_MAX, STALL_TIMEOUT},
+    config::{MERGE_BYTES_MAX, REPAIR_STALL_TIMEOUT},
     wire,
 };
 
@@ -206,13 +206,14 @@ impl<'a> Session<'a> {
 
     fn send(&self, body: pb::repair_response::Body) -> Result<(), Status> {
         let reply = Ok(pb::RepairResponse { body: Some(body) });
-        let sent = async { tokio::time::timeout(STALL_TIMEOUT, self.replies.send(reply)).await };
+        let sent =
+            async { tokio::time::timeout(REPAIR_STALL_TIMEOUT, self.replies.send(reply)).await };
         match Handle::current().block_on(sent) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(Status::cancelled("the caller went away")),
             Err(_) => Err(Status::deadline_exceeded(format!(
                 "the caller took nothing for {:?}",
-                Duration::as_secs(&STALL_TIMEOUT)
+                Duration::as_secs(&REPAIR_STALL_TIMEOUT)
             ))),
         }
     }
