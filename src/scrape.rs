@@ -7,7 +7,7 @@ use tombolo_raftlog::RaftLog;
 use tombolo_replication::{LinkPhase, LinkStatuses, Traffic};
 use tombolo_service::{
     lag_of,
-    metrics::{LinkNumbers, Metrics, RaftLogNumbers, RaftNumbers, RepairNumbers, RocksNumbers},
+    metrics::{LinkNumbers, Metrics, RaftLogNumbers, RaftNumbers, RocksNumbers},
 };
 use tombolo_shard::{Headroom, ScrubCounts, Shards};
 use tombolo_storage::Store;
@@ -73,20 +73,11 @@ impl Sources {
         let statuses = self.links.all();
         for peer in topology.peers() {
             let Traffic { sent_bytes, received_bytes } = self.links.traffic(peer.id);
-            let repairs = self.links.repairs(peer.id);
-            let repairs = RepairNumbers {
-                caught_up: repairs.caught_up,
-                equal: repairs.equal,
-                damage: repairs.damage,
-                failed: repairs.failed,
-                records: repairs.records,
-                exchanged_bytes: repairs.exchanged_bytes,
-            };
             let mut numbers = LinkNumbers {
                 up: true,
                 sent_bytes,
                 received_bytes,
-                repairs,
+                repairs: self.links.repairs(peer.id),
                 ..LinkNumbers::default()
             };
             for (_, status) in statuses.iter().filter(|(key, _)| key.peer == peer.id) {

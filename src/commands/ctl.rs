@@ -249,7 +249,7 @@ async fn namespace(command: &NamespaceCommand, io: &mut Io) -> Result<Exit, Fail
 }
 
 /// What did not answer is not in the list: say so, on standard error.
-fn warn_unreachable(unreachable: &[String], io: &mut Io) -> Result<Exit, Failure> {
+pub(crate) fn warn_unreachable(unreachable: &[String], io: &mut Io) -> Result<Exit, Failure> {
     if !unreachable.is_empty() {
         writeln!(io.err, "incomplete: no answer from {}", unreachable.join(", "))?;
     }

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use tombolo_client::{Client, proto as v1};
 
 use crate::connection::Connection;
+use crate::ctl::warn_unreachable;
 use crate::exit::{Exit, Failure};
 use crate::io::Io;
 use crate::output::{Format, KeyEncoding, json_list, show_seconds, table};
@@ -61,9 +62,7 @@ pub(crate) async fn repair(args: &Repair, io: &mut Io) -> Result<Exit, Failure> 
     let before: BTreeMap<_, _> =
         links().await?.iter().map(|link| (place(link), link.repairs_done)).collect();
     let reply = client.admin().start_repair(&args.peer, args.only.as_deref()).await?;
-    if !reply.unreachable.is_empty() {
-        writeln!(io.err, "incomplete: no answer from {}", reply.unreachable.join(", "))?;
-    }
+    warn_unreachable(&reply.unreachable, io)?;
     if reply.links == 0 {
         writeln!(io.err, "no shard pulls from `{}` now: look at `ctl link list`", args.peer)?;
         return Ok(Exit::Unavailable);
@@ -170,12 +169,9 @@ pub(crate) async fn at_risk(args: &AtRisk, io: &mut Io) -> Result<Exit, Failure>
             table(&mut io.out, header, reply.shards.iter().map(row))?;
         }
     }
-    if !reply.unreachable.is_empty() {
-        // What nobody knows is not nothing.
-        writeln!(io.err, "incomplete: no answer from {}", reply.unreachable.join(", "))?;
-        return Ok(Exit::Unavailable);
-    }
-    Ok(Exit::Ok)
+    warn_unreachable(&reply.unreachable, io)?;
+    // What nobody knows is not nothing.
+    Ok(if reply.unreachable.is_empty() { Exit::Ok } else { Exit::Unavailable })
 }
 
 #[derive(Serialize)]
@@ -225,9 +221,7 @@ pub(crate) async fn list_differences(
     if reply.shards.iter().any(|shard| shard.more) {
         writeln!(io.err, "there are more keys; --limit shows more of them")?;
     }
-    if !reply.unreachable.is_empty() {
-        writeln!(io.err, "incomplete: no answer from {}", reply.unreachable.join(", "))?;
-    }
+    warn_unreachable(&reply.unreachable, io)?;
     Ok(())
 }
 

@@ -164,7 +164,7 @@ impl Puller {
 
     /// What an operator has set for the link.
     fn setting(&self) -> LinkSetting {
-        self.settings.links().get(&self.peer.id).copied().unwrap_or_default()
+        self.settings.link(self.peer.id)
     }
 
     /// What to pull: all namespaces, and the catalog itself where it lives.

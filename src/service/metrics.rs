@@ -25,6 +25,7 @@ use prometheus_client::registry::{Metric, Registry};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use tombolo_replication::RepairCounts;
 use tonic::Code;
 
 /// `Content-Type` of [`Metrics::render`].
@@ -182,18 +183,7 @@ pub struct LinkNumbers {
     /// Since the process started.
     pub received_bytes: u64,
     pub backlog_bytes: u64,
-    pub repairs: RepairNumbers,
-}
-
-/// What repairs from one region report, since the process started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RepairNumbers {
-    pub caught_up: u64,
-    pub equal: u64,
-    pub damage: u64,
-    pub failed: u64,
-    pub records: u64,
-    pub exchanged_bytes: u64,
+    pub repairs: RepairCounts,
 }
 
 /// What the node's Raft log reports.

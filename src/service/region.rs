@@ -14,16 +14,12 @@ use tombolo_proto::v1::{
     region_service_server::{RegionService, RegionServiceServer},
 };
 use tombolo_replication::{Comparer, LinkKey, LinkPhase, LinkStatus, LinkStatuses};
-use tonic::{
-    Request, Response, Status,
-    metadata::{MetadataMap, MetadataValue},
-    transport::Channel,
-};
+use tonic::{Request, Response, Status, metadata::MetadataValue, transport::Channel};
 
 use crate::{
     anti_entropy::rows,
     forward::{THIS_NODE_ONLY, is_set},
-    gateway::{Call, Gateway, request as forwarded},
+    gateway::{Gateway, request as forwarded},
     lag::lag_of,
     reason::Reason,
 };
@@ -86,13 +82,13 @@ impl RegionApi {
     async fn all_links(&self) -> (Vec<pb::Link>, Vec<String>) {
         let mut links = self.own_links();
         let (answers, unreachable) = self
-            .ask_others(PEER_TIMEOUT, |channel| async move {
-                let request = this_node_only(pb::ListLinksRequest::default());
-                let reply = RegionServiceClient::new(channel).list_links(request).await?;
-                Ok(reply.into_inner().links)
-            })
+            .ask_others(
+                PEER_TIMEOUT,
+                &pb::ListLinksRequest::default(),
+                |mut node, request| async move { node.list_links(request).await },
+            )
             .await;
-        links.extend(answers.into_iter().flatten());
+        links.extend(answers.into_iter().flat_map(|answer| answer.links));
         links.sort_by(|left, right| {
             let key =
                 |link: &pb::Link| (link.peer_region.clone(), link.namespace.clone(), link.shard);
@@ -113,54 +109,67 @@ impl RegionApi {
     async fn all_tombstones(&self) -> Result<(Vec<pb::Tombstones>, Vec<String>), Status> {
         let mut found = self.own_tombstones().await?;
         let (answers, unreachable) = self
-            .ask_others(PEER_TIMEOUT, |channel| async move {
-                let request = this_node_only(pb::ListTombstonesRequest::default());
-                let reply = RegionServiceClient::new(channel).list_tombstones(request).await?;
-                Ok(reply.into_inner().tombstones)
-            })
+            .ask_others(
+                PEER_TIMEOUT,
+                &pb::ListTombstonesRequest::default(),
+                |mut node, request| async move { node.list_tombstones(request).await },
+            )
             .await;
-        found.extend(answers.into_iter().flatten());
+        found.extend(answers.into_iter().flat_map(|answer| answer.tombstones));
         found.sort_by(|left, right| {
             (&left.namespace, left.shard).cmp(&(&right.namespace, right.shard))
         });
         Ok((found, unreachable))
     }
 
-    /// Changes how this region pulls from a peer, here or at the leader of the catalog's shard.
-    async fn change_link<F>(
+    /// Changes how this region pulls from a peer, here or at the leader of the catalog's shard, to
+    /// which `remote` brings the message.
+    async fn change_link<M, T, F>(
         &self,
         peer: &str,
-        call: Call,
+        request: Request<M>,
         change: impl Fn(LinkSetting) -> LinkSetting,
-        remote: impl FnMut(Channel, MetadataMap) -> F,
+        remote: impl Fn(RegionServiceClient<Channel>, Request<M>) -> F,
     ) -> Result<(), Status>
     where
-        F: Future<Output = Result<(), Status>>,
+        M: Clone,
+        F: Future<Output = Result<Response<T>, Status>>,
     {
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
         let peer = self.peer(peer)?;
         let shard = self.gateway.shards().catalog_shard();
         let (deadline, change) = (call.deadline, &change);
         let local = || async move {
-            let setting = shard.store().links().get(&peer).copied().unwrap_or_default();
-            let set = shard.set_link(peer, change(setting), deadline).await;
+            let setting = change(shard.store().link(peer));
+            let set = shard.set_link(peer, setting, deadline).await;
             set.map_err(|error| self.gateway.status(error))
         };
-        self.gateway.on_leader(shard, call, local, remote).await
+        let elsewhere = |channel, metadata| {
+            let asked = forwarded(message.clone(), metadata);
+            let asked = remote(RegionServiceClient::new(channel), asked);
+            async move { asked.await.map(drop) }
+        };
+        self.gateway.on_leader(shard, call, local, elsewhere).await
     }
 
-    /// Asks all other nodes of the region; names those that do not answer in time.
-    async fn ask_others<T, F>(
+    /// Asks all other nodes of the region about themselves; names those that do not answer in time.
+    async fn ask_others<M, T, F>(
         &self,
         patience: Duration,
-        ask: impl Fn(Channel) -> F,
+        message: &M,
+        ask: impl Fn(RegionServiceClient<Channel>, Request<M>) -> F,
     ) -> (Vec<T>, Vec<String>)
     where
-        F: Future<Output = Result<T, Status>>,
+        M: Clone,
+        F: Future<Output = Result<Response<T>, Status>>,
     {
         let topology = self.gateway.topology();
         let others = topology.nodes.iter().filter(|node| node.id != topology.node);
         let asked = others.map(|node| {
-            let asked = self.gateway.channels().get(&node.client).map(&ask);
+            let channel = self.gateway.channels().get(&node.client);
+            let asked = channel
+                .map(|it| ask(RegionServiceClient::new(it), this_node_only(message.clone())));
             async move {
                 let answer = async { asked?.await };
                 (node.id, tokio::time::timeout(patience, answer).await)
@@ -169,7 +178,7 @@ impl RegionApi {
         let (mut answers, mut unreachable) = (Vec::new(), Vec::new());
         for (node, answer) in join_all(asked).await {
             match answer {
-                Ok(Ok(answer)) => answers.push(answer),
+                Ok(Ok(answer)) => answers.push(answer.into_inner()),
                 Ok(Err(_)) | Err(_) => {
                     unreachable.push(format!("{}-{node}", topology.local_name()));
                 }
@@ -305,15 +314,11 @@ impl RegionService for RegionApi {
         if !only_here {
             let message = pb::SummarizeNamespaceRequest { namespace };
             let (answers, silent) = self
-                .ask_others(PEER_TIMEOUT, |channel| {
-                    let request = this_node_only(message.clone());
-                    async move {
-                        let mut client = RegionServiceClient::new(channel);
-                        Ok(client.summarize_namespace(request).await?.into_inner().shards)
-                    }
+                .ask_others(PEER_TIMEOUT, &message, |mut node, request| async move {
+                    node.summarize_namespace(request).await
                 })
                 .await;
-            shards.extend(answers.into_iter().flatten());
+            shards.extend(answers.into_iter().flat_map(|answer| answer.shards));
             unreachable = silent;
         }
         shards.sort_by_key(|row| row.shard);
@@ -324,14 +329,12 @@ impl RegionService for RegionApi {
         &self,
         request: Request<pb::PauseLinkRequest>,
     ) -> Result<Response<pb::PauseLinkResponse>, Status> {
-        let call = self.gateway.call(request.metadata());
-        let message = request.into_inner();
-        let ask = |channel, metadata| {
-            let asked = forwarded(message.clone(), metadata);
-            async move { RegionServiceClient::new(channel).pause_link(asked).await.map(drop) }
+        let peer = request.get_ref().peer_region.clone();
+        let change = |setting| LinkSetting { paused: true, ..setting };
+        let remote = |mut node: RegionServiceClient<Channel>, request| async move {
+            node.pause_link(request).await
         };
-        let pause = |setting: LinkSetting| LinkSetting { paused: true, ..setting };
-        self.change_link(&message.peer_region, call, pause, ask).await?;
+        self.change_link(&peer, request, change, remote).await?;
         Ok(Response::new(pb::PauseLinkResponse {}))
     }
 
@@ -339,14 +342,12 @@ impl RegionService for RegionApi {
         &self,
         request: Request<pb::ResumeLinkRequest>,
     ) -> Result<Response<pb::ResumeLinkResponse>, Status> {
-        let call = self.gateway.call(request.metadata());
-        let message = request.into_inner();
-        let ask = |channel, metadata| {
-            let asked = forwarded(message.clone(), metadata);
-            async move { RegionServiceClient::new(channel).resume_link(asked).await.map(drop) }
+        let peer = request.get_ref().peer_region.clone();
+        let change = |setting| LinkSetting { paused: false, ..setting };
+        let remote = |mut node: RegionServiceClient<Channel>, request| async move {
+            node.resume_link(request).await
         };
-        let resume = |setting: LinkSetting| LinkSetting { paused: false, ..setting };
-        self.change_link(&message.peer_region, call, resume, ask).await?;
+        self.change_link(&peer, request, change, remote).await?;
         Ok(Response::new(pb::ResumeLinkResponse {}))
     }
 
@@ -354,15 +355,13 @@ impl RegionService for RegionApi {
         &self,
         request: Request<pb::LimitLinkRequest>,
     ) -> Result<Response<pb::LimitLinkResponse>, Status> {
-        let call = self.gateway.call(request.metadata());
-        let message = request.into_inner();
-        let ask = |channel, metadata| {
-            let asked = forwarded(message.clone(), metadata);
-            async move { RegionServiceClient::new(channel).limit_link(asked).await.map(drop) }
+        let peer = request.get_ref().peer_region.clone();
+        let bytes_per_second = request.get_ref().bytes_per_second;
+        let change = |setting| LinkSetting { bytes_per_second, ..setting };
+        let remote = |mut node: RegionServiceClient<Channel>, request| async move {
+            node.limit_link(request).await
         };
-        let bytes_per_second = message.bytes_per_second;
-        let limit = |setting: LinkSetting| LinkSetting { bytes_per_second, ..setting };
-        self.change_link(&message.peer_region, call, limit, ask).await?;
+        self.change_link(&peer, request, change, remote).await?;
         Ok(Response::new(pb::LimitLinkResponse {}))
     }
 
@@ -382,15 +381,11 @@ impl RegionService for RegionApi {
         let mut unreachable = Vec::new();
         if !only_here {
             let (answers, silent) = self
-                .ask_others(PEER_TIMEOUT, |channel| {
-                    let request = this_node_only(message.clone());
-                    async move {
-                        let mut client = RegionServiceClient::new(channel);
-                        Ok(client.start_repair(request).await?.into_inner().links)
-                    }
+                .ask_others(PEER_TIMEOUT, &message, |mut node, request| async move {
+                    node.start_repair(request).await
                 })
                 .await;
-            links += answers.into_iter().sum::<u32>();
+            links += answers.iter().map(|answer| answer.links).sum::<u32>();
             unreachable = silent;
         }
         Ok(Response::new(pb::StartRepairResponse { links, unreachable }))
@@ -410,12 +405,8 @@ impl RegionService for RegionApi {
         if !only_here {
             let patience = call.deadline.saturating_duration_since(Instant::now());
             let (answers, silent) = self
-                .ask_others(patience, |channel| {
-                    let request = this_node_only(message.clone());
-                    async move {
-                        let mut client = RegionServiceClient::new(channel);
-                        Ok(client.list_differences(request).await?.into_inner())
-                    }
+                .ask_others(patience, &message, |mut node, request| async move {
+                    node.list_differences(request).await
                 })
                 .await;
             for answer in answers {
@@ -438,15 +429,11 @@ impl RegionService for RegionApi {
         let mut unreachable = Vec::new();
         if !only_here {
             let (answers, silent) = self
-                .ask_others(PEER_TIMEOUT, |channel| {
-                    let request = this_node_only(message.clone());
-                    async move {
-                        let mut client = RegionServiceClient::new(channel);
-                        Ok(client.list_at_risk(request).await?.into_inner().shards)
-                    }
+                .ask_others(PEER_TIMEOUT, &message, |mut node, request| async move {
+                    node.list_at_risk(request).await
                 })
                 .await;
-            shards.extend(answers.into_iter().flatten());
+            shards.extend(answers.into_iter().flat_map(|answer| answer.shards));
             unreachable = silent;
         }
         let namespace = message.namespace;

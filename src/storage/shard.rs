@@ -364,9 +364,9 @@ impl ShardStore {
         self.inner.view.read().frontiers.clone()
     }
 
-    /// How this region pulls from others. Only the catalog's shard knows.
-    pub fn links(&self) -> BTreeMap<RegionId, LinkSetting> {
-        self.inner.view.read().links.clone()
+    /// How this region pulls from `peer`. Only the catalog's shard knows.
+    pub fn link(&self, peer: RegionId) -> LinkSetting {
+        self.inner.view.read().links.get(&peer).copied().unwrap_or_default()
     }
 
     /// Up to where the change log of a namespace is gone.

@@ -570,8 +570,7 @@ impl Session<'_> {
             },
         );
         tokio::time::sleep(took.max(budget.saturating_sub(took))).await;
-        let limit = || self.repair.setting.links().get(&self.repair.peer.id).copied();
-        let limit = || limit().unwrap_or_default().bytes_per_second;
+        let limit = || self.repair.setting.link(self.repair.peer.id).bytes_per_second;
         self.repair.pace.spend(bytes as u64, limit());
         // In slices, so that a limit that was lifted counts at once.
         while let Some(wait) = self.repair.pace.wait(limit()) {

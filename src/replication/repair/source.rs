@@ -4,8 +4,6 @@
 //! Takes as long as the receiver wants it to: nothing is read ahead of what it takes. A receiver
 //! that takes nothing for [`REPAIR_STALL_TIMEOUT`] loses the cut.
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use futures::StreamExt;
 use tokio::{runtime::Handle, sync::mpsc};
@@ -140,7 +138,7 @@ impl<'a> Session<'a> {
                 self.send(pb::repair_response::Body::Answer(more))?;
             }
         }
-        let (offers, unknown) = (page.offers, answer.unknown);
+        let (offers, unknown) = (page.encoded, answer.unknown);
         let last = pb::RepairAnswer { leaf: asked.leaf, offers, unknown, more: false };
         self.send(pb::repair_response::Body::Answer(last))
     }
@@ -148,60 +146,42 @@ impl<'a> Session<'a> {
     /// Sends what trees do not show: first the ledger, then records.
     fn send_rest(&self) -> Result<(), Status> {
         let (cut, known) = (&self.cut, &self.known);
-        let (mut page, mut sent) = (Page::default(), Ok(()));
-        let read = cut.ledger(|entry| {
-            if repair::lacks_entry(known, &entry)
-                && let Some(ledger) = page.add(entry.to_bytes())
-            {
-                sent = self.send_entries(ledger);
-            }
-            sent.is_ok()
-        });
-        read.map_err(|error| unreadable(&error))?;
-        sent?;
-        if !page.offers.is_empty() {
-            self.send_entries(page.offers)?;
-        }
-        self.send_offers(|take| {
+        self.send_pages(ledger_page, |take| {
+            cut.ledger(|entry| !repair::lacks_entry(known, &entry) || take(entry.to_bytes()))
+        })?;
+        let offer = |key, record: &Record| Offer::new(key, record, known).to_bytes();
+        self.send_pages(offers_page, |take| {
             cut.tombstones(|key, record| {
-                !repair::lacks_tombstone(known, &record) || take(Offer::new(key, &record, known))
+                !repair::lacks_tombstone(known, &record) || take(offer(key, &record))
             })
         })?;
         if !cut.frontier().covers_all(cut.ahead()) {
-            self.send_offers(|take| {
-                cut.records(|key, record: Record| {
-                    let is_ahead = repair::is_ahead(cut.frontier(), &record);
-                    !is_ahead || take(Offer::new(key, &record, known))
+            self.send_pages(offers_page, |take| {
+                cut.records(|key, record| {
+                    !repair::is_ahead(cut.frontier(), &record) || take(offer(key, &record))
                 })
             })?;
         }
         Ok(())
     }
 
-    fn send_offers(
+    /// Sends, page by page, what `read` hands to its argument, which answers whether to go on.
+    fn send_pages(
         &self,
-        read: impl FnOnce(&mut dyn FnMut(Offer) -> bool) -> Result<(), StorageError>,
+        message: fn(Vec<Bytes>) -> pb::RepairRest,
+        read: impl FnOnce(&mut dyn FnMut(Bytes) -> bool) -> Result<(), StorageError>,
     ) -> Result<(), Status> {
+        let send = |page| self.send(pb::repair_response::Body::Rest(message(page)));
         let (mut page, mut sent) = (Page::default(), Ok(()));
-        let mut take = |offer: Offer| {
-            if let Some(offers) = page.add(offer.to_bytes()) {
-                sent = self.send_untold(offers);
+        let mut take = |encoded: Bytes| {
+            if let Some(full) = page.add(encoded) {
+                sent = send(full);
             }
             sent.is_ok()
         };
         read(&mut take).map_err(|error| unreadable(&error))?;
         sent?;
-        if page.offers.is_empty() { Ok(()) } else { self.send_untold(page.offers) }
-    }
-
-    fn send_untold(&self, offers: Vec<Bytes>) -> Result<(), Status> {
-        let rest = pb::RepairRest { offers, ledger: Vec::new() };
-        self.send(pb::repair_response::Body::Rest(rest))
-    }
-
-    fn send_entries(&self, ledger: Vec<Bytes>) -> Result<(), Status> {
-        let rest = pb::RepairRest { offers: Vec::new(), ledger };
-        self.send(pb::repair_response::Body::Rest(rest))
+        if page.encoded.is_empty() { Ok(()) } else { send(page.encoded) }
     }
 
     fn send(&self, body: pb::repair_response::Body) -> Result<(), Status> {
@@ -212,8 +192,7 @@ impl<'a> Session<'a> {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(Status::cancelled("the caller went away")),
             Err(_) => Err(Status::deadline_exceeded(format!(
-                "the caller took nothing for {:?}",
-                Duration::as_secs(&REPAIR_STALL_TIMEOUT)
+                "the caller took nothing for {REPAIR_STALL_TIMEOUT:?}"
             ))),
         }
     }
@@ -222,7 +201,7 @@ impl<'a> Session<'a> {
 /// Encoded things that go in one message.
 #[derive(Default)]
 struct Page {
-    offers: Vec<Bytes>,
+    encoded: Vec<Bytes>,
     bytes: usize,
 }
 
@@ -230,9 +209,17 @@ impl Page {
     /// Adds one, and answers the page if it is full with it.
     fn add(&mut self, encoded: Bytes) -> Option<Vec<Bytes>> {
         self.bytes += encoded.len();
-        self.offers.push(encoded);
-        (self.bytes >= MERGE_BYTES_MAX).then(|| std::mem::take(self).offers)
+        self.encoded.push(encoded);
+        (self.bytes >= MERGE_BYTES_MAX).then(|| std::mem::take(self).encoded)
     }
+}
+
+fn ledger_page(ledger: Vec<Bytes>) -> pb::RepairRest {
+    pb::RepairRest { offers: Vec::new(), ledger }
+}
+
+fn offers_page(offers: Vec<Bytes>) -> pb::RepairRest {
+    pb::RepairRest { offers, ledger: Vec::new() }
 }
 
 fn malformed(expected: &str) -> Status {
