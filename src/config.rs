@@ -44,6 +44,8 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// Number of Raft groups in the region, 1..=1024. Fixed at the first start.
     pub shards: u16,
+    /// The region comes to a cluster that has data already, and takes no writes before it has it.
+    pub join: bool,
     /// The addresses this process binds.
     pub listen: Listen,
     /// All nodes of this region, this one included.

@@ -115,6 +115,12 @@ pub const KEYS: &[Key] = &[
         "Raft groups in the region; fixed at the first start.",
     ),
     key(
+        "join",
+        Kind::Bool,
+        "false",
+        "This region comes to a running cluster: it is empty, and takes over the others' data first.",
+    ),
+    key(
         "listen.client",
         Kind::Listen,
         "\"127.0.0.1:7101\"",

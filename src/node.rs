@@ -14,7 +14,7 @@ use tokio::{
     sync::watch,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tombolo_cluster::{Node as NodeEntry, Region, Topology};
+use tombolo_cluster::{Node as NodeEntry, Region, Regions, Topology};
 use tombolo_consensus::{Consensus, ConsensusConfig, PeerAddress};
 use tombolo_core::{NodeId, RegionId, ShardId};
 use tombolo_raftlog::{Identity, RaftLog};
@@ -23,7 +23,9 @@ use tombolo_service::{
     Admission, AdmissionLayer, CatalogWriter, ClusterApi, ConflictApi, Gateway, KvApi, Limits,
     NamespaceApi, NodeApi, NodeChannels, RegionApi, WatchApi, http, metrics::Metrics,
 };
-use tombolo_shard::{Clock, CollectConfig, Collector, Headroom, Scrubber, Shard, Shards};
+use tombolo_shard::{
+    Clock, CollectConfig, Collector, Headroom, Scrubber, Shard, Shards, follow_regions,
+};
 use tombolo_storage::{Store, StoreConfig};
 use tonic::transport::{Server, server::TcpIncoming};
 
@@ -226,22 +228,22 @@ fn own_identity(config: &Config, log: &RaftLog, dir: &Path) -> anyhow::Result<Id
     Ok(found)
 }
 
-fn topology(config: &Config, identity: &Identity) -> anyhow::Result<Topology> {
+fn topology(config: &Config) -> anyhow::Result<Topology> {
     let region_id = |name: &str| {
         let found = config.regions.iter().find(|region| region.name == name);
         let found = found.with_context(|| format!("region `{name}` is not in [[regions]]"))?;
         Ok::<_, anyhow::Error>(RegionId(found.number))
     };
-    let mut regions: Vec<Region> = config
+    let regions = config
         .regions
         .iter()
         .map(|region| Region {
             id: RegionId(region.number),
             name: region.name.clone(),
             link_addresses: region.link.clone(),
+            said: None,
         })
         .collect();
-    regions.sort_by_key(|region| region.id);
     let mut nodes: Vec<NodeEntry> = config
         .nodes
         .iter()
@@ -257,10 +259,11 @@ fn topology(config: &Config, identity: &Identity) -> anyhow::Result<Topology> {
     Ok(Topology {
         cluster_id: config.cluster_id.clone(),
         region: region_id(&config.region)?,
-        incarnation: identity.incarnation,
+        region_name: config.region.clone(),
+        joins: config.join,
         node: NodeId(config.node_id),
         shard_count: config.shards,
-        regions,
+        regions: Regions::new(regions),
         nodes,
         catalog_home: region_id(&config.catalog.home)?,
     })
@@ -334,7 +337,7 @@ impl Node {
     pub async fn start(config: &Config, set_log_filter: SetLogFilter) -> anyhow::Result<Self> {
         let ports = Ports::bind(config).await?;
         let Disk { log, store, identity } = Disk::open(config)?;
-        let topology = Arc::new(topology(config, &identity)?);
+        let topology = Arc::new(topology(config)?);
         let consensus =
             Consensus::start(consensus_config(config, &identity), log.clone(), store.clone())
                 .await
@@ -437,6 +440,7 @@ impl Node {
         tasks.spawn(
             Collector::new(shards.clone(), collect_config(config)).run(stop_streams.clone()),
         );
+        tasks.spawn(follow_regions(shards.clone(), stop_streams.clone()));
         let stop = stop_streams.clone();
         tasks.spawn(async move { shards.follow_catalog(stop).await });
         tasks.spawn(scrubber.run(stop_streams.clone()));

@@ -171,6 +171,82 @@ impl Admin {
         ask!(self, Safety::Read, RegionServiceClient, list_differences, request)
     }
 
+    /// Admits a region: a new one with its `number`, or one that was fenced (0 then). It gets its data
+    /// from the others; [`list_regions`](Self::list_regions), asked there, says how far it is.
+    ///
+    /// # Errors
+    /// [`Error::Precondition`] while another region joins, or not in the catalog's home region;
+    /// otherwise as any write. Repeating is harmless.
+    pub async fn add_region(
+        &self,
+        name: impl Into<String>,
+        number: u32,
+        link_addresses: Vec<String>,
+    ) -> Result<Option<v1::Region>> {
+        let request = v1::AddRegionRequest { name: name.into(), number, link_addresses };
+        let reply = ask!(self, Safety::Read, RegionServiceClient, add_region, request)?;
+        Ok(reply.region)
+    }
+
+    /// Lets the others go on without a region, until it is added again.
+    ///
+    /// # Errors
+    /// As any write; repeating is harmless.
+    pub async fn fence_region(&self, name: impl Into<String>) -> Result<Option<v1::Region>> {
+        let request = v1::FenceRegionRequest { name: name.into() };
+        let reply = ask!(self, Safety::Read, RegionServiceClient, fence_region, request)?;
+        Ok(reply.region)
+    }
+
+    /// Lets the others go on without a region for good.
+    ///
+    /// # Errors
+    /// As any write; repeating is harmless.
+    pub async fn remove_region(&self, name: impl Into<String>) -> Result<Option<v1::Region>> {
+        let request = v1::RemoveRegionRequest { name: name.into() };
+        let reply = ask!(self, Safety::Read, RegionServiceClient, remove_region, request)?;
+        Ok(reply.region)
+    }
+
+    /// Gives a region a new incarnation, because its data is older than what it told others.
+    ///
+    /// # Errors
+    /// [`Error::Precondition`] while another region joins; otherwise as any write. Not to be repeated
+    /// without looking: once recovered, it would be recovered again.
+    pub async fn recover_region(&self, name: impl Into<String>) -> Result<Option<v1::Region>> {
+        let request = v1::RecoverRegionRequest { name: name.into() };
+        let reply = ask!(self, Safety::Once, RegionServiceClient, recover_region, request)?;
+        Ok(reply.region)
+    }
+
+    /// Values that only this region had when it was fenced; `None` for all namespaces, at most
+    /// `limit` in each shard.
+    ///
+    /// # Errors
+    /// As any read.
+    pub async fn list_reviews(
+        &self,
+        namespace: Option<&str>,
+        limit: u32,
+    ) -> Result<v1::ListReviewsResponse> {
+        let namespace = namespace.unwrap_or_default().to_owned();
+        let request = v1::ListReviewsRequest { namespace, limit };
+        ask!(self, Safety::Read, RegionServiceClient, list_reviews, request)
+    }
+
+    /// Forgets such values.
+    ///
+    /// # Errors
+    /// As any write; repeating is harmless.
+    pub async fn dismiss_reviews(
+        &self,
+        namespace: impl Into<String>,
+        reviews: Vec<v1::Review>,
+    ) -> Result<v1::DismissReviewsResponse> {
+        let request = v1::DismissReviewsRequest { namespace: namespace.into(), reviews };
+        ask!(self, Safety::Read, RegionServiceClient, dismiss_reviews, request)
+    }
+
     /// The writes that exist only in this region; `None` for all namespaces. Lists at most `limit`
     /// in each shard and counts all.
     ///

@@ -1,6 +1,6 @@
 //! Who is in the cluster, and which namespaces it has.
 //!
-//! [`Topology`] is fixed for a process: it comes from the configuration file and is the same in
+//! [`Topology`] comes from the configuration file and is the same in
 //! all files of a cluster where they speak of the same thing. [`Catalog`] changes while running:
 //! it is the cached view of replicated data, fed by the shard that holds it.
 //!
@@ -10,4 +10,4 @@ mod catalog;
 mod topology;
 
 pub use catalog::{Catalog, Namespaces};
-pub use topology::{Node, Region, Topology};
+pub use topology::{Node, Region, Regions, Topology};

@@ -6,6 +6,7 @@ use crate::connection::Connection;
 use crate::exit::{Exit, Failure};
 use crate::io::Io;
 use crate::output::{Format, json, json_list, show_seconds, table};
+use crate::region::{RegionCommand, region};
 use crate::repair::{AtRisk, Repair, at_risk, repair, show_progress};
 use crate::status::Status;
 use crate::verify::{Verify, verify};
@@ -54,15 +55,6 @@ pub enum CtlCommand {
     /// Namespaces
     #[command(subcommand)]
     Namespace(NamespaceCommand),
-}
-
-#[derive(Clone, Debug, Subcommand)]
-pub enum RegionCommand {
-    /// Lists the regions
-    List {
-        #[command(flatten)]
-        connection: Connection,
-    },
 }
 
 #[derive(Clone, Debug, Subcommand)]
@@ -147,8 +139,8 @@ pub enum Rule {
 impl Ctl {
     pub(crate) fn connection(&self) -> &Connection {
         match &self.command {
+            CtlCommand::Region(command) => command.connection(),
             CtlCommand::Status { connection, .. }
-            | CtlCommand::Region(RegionCommand::List { connection })
             | CtlCommand::Link(
                 LinkCommand::List { connection, .. }
                 | LinkCommand::Pause { connection, .. }
@@ -177,12 +169,7 @@ pub(crate) async fn ctl(args: &Ctl, io: &mut Io) -> Result<Exit, Failure> {
             status.print(connection.format(io), *shards, &mut io.out)?;
             if *fail && !status.is_healthy() { Err(Failure::Unhealthy) } else { Ok(Exit::Ok) }
         }
-        CtlCommand::Region(RegionCommand::List { connection }) => {
-            let (client, _) = connection.connect(io, None).await?;
-            let reply = client.admin().list_regions().await?;
-            print_regions(&reply.regions, connection.format(io), &mut io.out)?;
-            warn_unreachable(&reply.unreachable, io)
-        }
+        CtlCommand::Region(command) => region(command, io).await,
         CtlCommand::Verify(args) => verify(args, io).await,
         CtlCommand::Repair(args) => repair(args, io).await,
         CtlCommand::AtRisk(args) => at_risk(args, io).await,
@@ -313,64 +300,9 @@ fn print_namespaces(
     }
 }
 
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct RegionJson {
-    name: String,
-    number: u32,
-    local: bool,
-    link_addresses: Vec<String>,
-    state: &'static str,
-    lag_seconds: f64,
-    shards_with_leader: u32,
-    nodes_up: u32,
-    nodes: u32,
-}
-
-impl From<&v1::Region> for RegionJson {
-    fn from(it: &v1::Region) -> Self {
-        Self {
-            name: it.name.clone(),
-            number: it.number,
-            local: it.local,
-            link_addresses: it.link_addresses.clone(),
-            state: it.state().as_str_name(),
-            lag_seconds: it.lag_seconds,
-            shards_with_leader: it.shards_with_leader,
-            nodes_up: it.nodes_up,
-            nodes: it.nodes,
-        }
-    }
-}
-
 /// `REGION_STATE_UP` to `up`.
 pub(crate) fn word(name: &str, prefix: &str) -> String {
     name.trim_start_matches(prefix).to_lowercase().replace('_', " ")
-}
-
-pub(crate) fn print_regions(
-    regions: &[v1::Region],
-    format: Format,
-    out: &mut dyn Write,
-) -> std::io::Result<()> {
-    match format {
-        Format::Json | Format::Jsonl => {
-            let rows: Vec<_> = regions.iter().map(RegionJson::from).collect();
-            json_list(out, format, "regions", &rows)
-        }
-        Format::Raw => regions.iter().try_for_each(|it| writeln!(out, "{}", it.name)),
-        Format::Table => {
-            let row = |it: &v1::Region| {
-                let place = if it.local { "here" } else { "" };
-                let lag = if it.local { String::new() } else { show_seconds(it.lag_seconds) };
-                let state = word(it.state().as_str_name(), "REGION_STATE_");
-                let links = it.link_addresses.join(",");
-                [it.name.clone(), it.number.to_string(), place.into(), state, lag, links]
-            };
-            let header = ["REGION", "NUMBER", "", "STATE", "LAG", "LINK ADDRESSES"];
-            table(out, header, regions.iter().map(row))
-        }
-    }
 }
 
 #[derive(Serialize)]

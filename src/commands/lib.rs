@@ -22,6 +22,7 @@ mod load;
 mod meta;
 mod output;
 mod progress;
+mod region;
 mod repair;
 mod session_file;
 mod status;
@@ -29,7 +30,7 @@ mod verify;
 
 pub use commit::Commit;
 pub use connection::Connection;
-pub use ctl::{Ctl, CtlCommand, LinkCommand, NamespaceCommand, RegionCommand, Rule};
+pub use ctl::{Ctl, CtlCommand, LinkCommand, NamespaceCommand, Rule};
 pub use data::{Delete, Get, Put, Scan};
 pub use dump::Dump;
 pub use exit::{Exit, Failure};
@@ -38,6 +39,7 @@ pub use lines::LineFormat;
 pub use load::{Load, LoadFormat};
 pub use meta::{Completions, Version};
 pub use output::{Format, KeyEncoding};
+pub use region::RegionCommand;
 pub use session_file::SessionOptions;
 
 use std::io::Write;

@@ -2,9 +2,10 @@
 //!
 //! Healthy means: every node up, every shard led and without a problem, every region up.
 
-use crate::ctl::{LinkJson, RegionJson, print_regions, word};
+use crate::ctl::{LinkJson, word};
 use crate::exit::Failure;
 use crate::output::{Format, json, show_seconds, table};
+use crate::region::{RegionJson, print_regions, show_state};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -90,8 +91,8 @@ impl Status {
                 problems.push(format!("shard {}: {}", shard.shard, shard.problem));
             }
         }
-        for region in self.regions.iter().filter(|it| it.state() != v1::RegionState::Up) {
-            let state = word(region.state().as_str_name(), "REGION_STATE_");
+        for region in self.regions.iter().filter(|it| is_noteworthy(it)) {
+            let state = show_state(region);
             problems.push(format!("region {} is {state}", region.name));
         }
         problems
@@ -245,5 +246,16 @@ impl Status {
             unreachable: self.unreachable.clone(),
             problems,
         }
+    }
+}
+
+/// Whether a region is anything but up, and not gone for good.
+fn is_noteworthy(region: &v1::Region) -> bool {
+    match region.membership() {
+        v1::Membership::Removed => false,
+        v1::Membership::Active | v1::Membership::Unspecified => {
+            region.state() != v1::RegionState::Up
+        }
+        _ => true,
     }
 }

@@ -4,6 +4,8 @@
 //! travel as bytes to the log, the followers and the state machine. Everything that executing a
 //! command depends on, time and rule included, is in the command or in the shard's state.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -13,6 +15,7 @@ use crate::{
     hlc::HybridTime,
     id::{Actor, Dot, NamespaceId, RegionId, RequestId},
     ledger::LedgerEntry,
+    members::{Member, Members},
     record::{Content, Record, Rule},
     repair::{Offer, Trust},
     vector::{VersionVector, decode_actor, decode_dot, encode_actor, encode_dot},
@@ -39,6 +42,12 @@ pub enum Command {
     Expire(Expire),
     /// Change how this region pulls from another.
     SetLink(RegionId, LinkSetting),
+    /// Learn of regions, all at once: what is decided later is never known without what was decided before.
+    Learn(Members),
+    /// Begin empty, in a new incarnation.
+    StartOver(StartOver),
+    /// Forget writes that were kept for review.
+    ForgetReviewed(ForgetReviewed),
 }
 
 /// A client's write: checks and operations, all or nothing.
@@ -120,6 +129,8 @@ pub struct Ingest {
     pub rule: Rule,
     /// The region that ingests: its own changes never come from outside.
     pub local: Actor,
+    /// The region that sent them, which need not have written them.
+    pub source: Actor,
     /// What to apply.
     pub changes: Vec<Change>,
 }
@@ -140,6 +151,8 @@ pub struct Collect {
     pub namespace: NamespaceId,
     /// What every region has applied, such that nothing that has not seen it can still come.
     pub stable: VersionVector,
+    /// Who was counted for that. Nothing is dropped if this shard has heard of others since.
+    pub members: Members,
     /// Where to look.
     pub keys: Vec<Bytes>,
 }
@@ -151,6 +164,10 @@ pub struct Merge {
     pub namespace: NamespaceId,
     /// The namespace's rule.
     pub rule: Rule,
+    /// The region that compared itself. In another life nothing of that holds.
+    pub local: Actor,
+    /// The other region.
+    pub source: Actor,
     /// What the other region had applied.
     pub cut: VersionVector,
     /// Up to where its records were ahead of that.
@@ -170,6 +187,8 @@ pub struct Advance {
     pub namespace: NamespaceId,
     /// The region that was repaired.
     pub local: Actor,
+    /// The region that it was repaired from.
+    pub source: Actor,
     /// What was applied here when the trees were compared.
     pub since: VersionVector,
     /// What the other region had applied.
@@ -191,6 +210,24 @@ pub struct Expire {
     pub time: HybridTime,
     /// Which values.
     pub values: Vec<(Bytes, Dot)>,
+}
+
+/// Begins empty, in a new incarnation: all data goes, and what only this region had is kept for review.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StartOver {
+    /// The region that begins, and in which incarnation. Nothing happens if it is not a new one.
+    pub local: Actor,
+    /// What the others have, by namespace: of this region's values, those above it are kept.
+    pub known: BTreeMap<NamespaceId, VersionVector>,
+}
+
+/// Forgets writes that were kept for review.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ForgetReviewed {
+    /// Where.
+    pub namespace: NamespaceId,
+    /// Which.
+    pub writes: Vec<(Bytes, Dot)>,
 }
 
 /// How a region pulls from another one.
@@ -227,6 +264,11 @@ pub enum Outcome {
     Expired(usize),
     /// Nothing was done: another region holds writes of this very region that this one does not know.
     OwnChangeUnknown,
+    /// Nothing was written: this region takes no writes, as this says of it.
+    NotActive(Member),
+    /// Nothing was done: the region that it came from is shut out, or one of the two is in another
+    /// incarnation by now.
+    SourceOut,
     /// Records were merged.
     Merged(Merged),
     /// The frontier after a repair.
@@ -294,6 +336,8 @@ pub enum Stopped {
     OwnChangeUnknown,
     /// This region has applied another write under the same dot.
     DotReused(Dot),
+    /// The region that sent it is shut out, or in another incarnation.
+    SourceOut,
 }
 
 const BATCH_VERSION: u8 = 1;
@@ -306,6 +350,9 @@ const MERGE: u8 = 6;
 const ADVANCE: u8 = 7;
 const EXPIRE: u8 = 8;
 const SET_LINK: u8 = 9;
+const LEARN: u8 = 10;
+const START_OVER: u8 = 11;
+const FORGET_REVIEWED: u8 = 12;
 
 /// Packs encoded commands into the payload of one log entry.
 pub fn encode_batch(commands: &[Bytes]) -> Bytes {
@@ -350,6 +397,7 @@ impl Command {
                 writer.varint(u64::from(ingest.namespace.0));
                 writer.u8(ingest.rule.to_byte());
                 encode_actor(ingest.local, &mut writer);
+                encode_actor(ingest.source, &mut writer);
                 writer.count(ingest.changes.len());
                 for change in &ingest.changes {
                     writer.bytes(&change.to_bytes());
@@ -364,6 +412,7 @@ impl Command {
                 writer.u8(COLLECT);
                 writer.varint(u64::from(collect.namespace.0));
                 collect.stable.encode(&mut writer);
+                collect.members.encode(&mut writer);
                 writer.count(collect.keys.len());
                 collect.keys.iter().for_each(|key| writer.bytes(key));
             }
@@ -382,6 +431,7 @@ impl Command {
                 writer.u8(ADVANCE);
                 writer.varint(u64::from(advance.namespace.0));
                 encode_actor(advance.local, &mut writer);
+                encode_actor(advance.source, &mut writer);
                 advance.since.encode(&mut writer);
                 advance.cut.encode(&mut writer);
                 advance.ahead.encode(&mut writer);
@@ -392,16 +442,30 @@ impl Command {
                 writer.u8(expire.rule.to_byte());
                 encode_actor(expire.actor, &mut writer);
                 writer.fixed64(expire.time.to_bits());
-                writer.count(expire.values.len());
-                for (key, dot) in &expire.values {
-                    writer.bytes(key);
-                    encode_dot(*dot, &mut writer);
-                }
+                encode_writes(&expire.values, &mut writer);
             }
             Self::SetLink(peer, setting) => {
                 writer.u8(SET_LINK);
                 writer.varint(u64::from(peer.0));
                 setting.encode(&mut writer);
+            }
+            Self::Learn(members) => {
+                writer.u8(LEARN);
+                members.encode(&mut writer);
+            }
+            Self::StartOver(StartOver { local, known }) => {
+                writer.u8(START_OVER);
+                encode_actor(*local, &mut writer);
+                writer.count(known.len());
+                for (namespace, known) in known {
+                    writer.varint(u64::from(namespace.0));
+                    known.encode(&mut writer);
+                }
+            }
+            Self::ForgetReviewed(ForgetReviewed { namespace, writes }) => {
+                writer.u8(FORGET_REVIEWED);
+                writer.varint(u64::from(namespace.0));
+                encode_writes(writes, &mut writer);
             }
         }
         writer.finish()
@@ -419,11 +483,12 @@ impl Command {
                 let namespace = NamespaceId(reader.u32()?);
                 let rule = decode_rule(&mut reader)?;
                 let local = decode_actor(&mut reader)?;
+                let source = decode_actor(&mut reader)?;
                 let count = reader.count(2)?;
                 let changes = (0..count)
                     .map(|_| Change::from_bytes(reader.bytes()?))
                     .collect::<Result<_, _>>()?;
-                Self::Ingest(Ingest { namespace, rule, local, changes })
+                Self::Ingest(Ingest { namespace, rule, local, source, changes })
             }
             TRIM => {
                 let namespace = NamespaceId(reader.u32()?);
@@ -432,9 +497,10 @@ impl Command {
             COLLECT => {
                 let namespace = NamespaceId(reader.u32()?);
                 let stable = VersionVector::decode(&mut reader)?;
+                let members = Members::decode(&mut reader)?;
                 let count = reader.count(1)?;
                 let keys = (0..count).map(|_| reader.bytes()).collect::<Result<_, _>>()?;
-                Self::Collect(Collect { namespace, stable, keys })
+                Self::Collect(Collect { namespace, stable, members, keys })
             }
             FORGET_REQUESTS => {
                 let count = reader.count(9)?;
@@ -446,6 +512,7 @@ impl Command {
             ADVANCE => Self::Advance(Advance {
                 namespace: NamespaceId(reader.u32()?),
                 local: decode_actor(&mut reader)?,
+                source: decode_actor(&mut reader)?,
                 since: VersionVector::decode(&mut reader)?,
                 cut: VersionVector::decode(&mut reader)?,
                 ahead: VersionVector::decode(&mut reader)?,
@@ -455,15 +522,29 @@ impl Command {
                 let rule = decode_rule(&mut reader)?;
                 let actor = decode_actor(&mut reader)?;
                 let time = HybridTime::from_bits(reader.fixed64()?);
-                let count = reader.count(4)?;
-                let values = (0..count)
-                    .map(|_| Ok((reader.bytes()?, decode_dot(&mut reader)?)))
-                    .collect::<Result<_, DecodeError>>()?;
+                let values = decode_writes(&mut reader)?;
                 Self::Expire(Expire { namespace, rule, actor, time, values })
             }
             SET_LINK => {
                 let peer = RegionId(reader.u16()?);
                 Self::SetLink(peer, LinkSetting::decode(&mut reader)?)
+            }
+            LEARN => Self::Learn(Members::decode(&mut reader)?),
+            START_OVER => {
+                let local = decode_actor(&mut reader)?;
+                let count = reader.count(2)?;
+                let known = (0..count)
+                    .map(|_| {
+                        let namespace = NamespaceId(reader.u32()?);
+                        Ok((namespace, VersionVector::decode(&mut reader)?))
+                    })
+                    .collect::<Result<_, DecodeError>>()?;
+                Self::StartOver(StartOver { local, known })
+            }
+            FORGET_REVIEWED => {
+                let namespace = NamespaceId(reader.u32()?);
+                let writes = decode_writes(&mut reader)?;
+                Self::ForgetReviewed(ForgetReviewed { namespace, writes })
             }
             kind => return Err(DecodeError::Version { what: "command", version: kind }),
         };
@@ -487,7 +568,10 @@ impl Command {
             | Self::Merge(_)
             | Self::Advance(_)
             | Self::Expire(_)
-            | Self::SetLink(..) => 0,
+            | Self::SetLink(..)
+            | Self::Learn(_)
+            | Self::StartOver(_)
+            | Self::ForgetReviewed(_) => 0,
         }
     }
 }
@@ -596,6 +680,8 @@ impl Merge {
     fn encode(&self, writer: &mut Writer) {
         writer.varint(u64::from(self.namespace.0));
         writer.u8(self.rule.to_byte());
+        encode_actor(self.local, writer);
+        encode_actor(self.source, writer);
         writer.u8(u8::from(self.trust == Trust::Neither));
         self.cut.encode(writer);
         self.ahead.encode(writer);
@@ -612,6 +698,8 @@ impl Merge {
     fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
         let namespace = NamespaceId(reader.u32()?);
         let rule = decode_rule(reader)?;
+        let local = decode_actor(reader)?;
+        let source = decode_actor(reader)?;
         let trust = if decode_flag(reader)? { Trust::Neither } else { Trust::Coverage };
         let cut = VersionVector::decode(reader)?;
         let ahead = VersionVector::decode(reader)?;
@@ -622,7 +710,7 @@ impl Merge {
         let ledger = (0..count)
             .map(|_| LedgerEntry::from_bytes(reader.bytes()?))
             .collect::<Result<_, _>>()?;
-        Ok(Self { namespace, rule, cut, ahead, trust, offers, ledger })
+        Ok(Self { namespace, rule, local, source, cut, ahead, trust, offers, ledger })
     }
 }
 
@@ -643,6 +731,19 @@ fn decode_operation(reader: &mut Reader) -> Result<Operation, DecodeError> {
     let content = Content::decode(reader)?;
     let context = if decode_flag(reader)? { Some(VersionVector::decode(reader)?) } else { None };
     Ok(Operation { key, content, context })
+}
+
+fn encode_writes(writes: &[(Bytes, Dot)], writer: &mut Writer) {
+    writer.count(writes.len());
+    for (key, dot) in writes {
+        writer.bytes(key);
+        encode_dot(*dot, writer);
+    }
+}
+
+fn decode_writes(reader: &mut Reader) -> Result<Vec<(Bytes, Dot)>, DecodeError> {
+    let count = reader.count(4)?;
+    (0..count).map(|_| Ok((reader.bytes()?, decode_dot(reader)?))).collect()
 }
 
 fn encode_request(request: RequestId, writer: &mut Writer) {
@@ -727,9 +828,12 @@ mod tests {
     use super::*;
     use crate::{
         change::tests::{any_change, any_content},
+        members::tests::any_members,
         repair::tests::any_offer,
         vector::tests::{any_actor, any_vector},
     };
+
+    const SOURCE: Actor = Actor { region: RegionId(3), incarnation: 2 };
 
     fn any_bytes() -> impl Strategy<Value = Bytes> {
         prop::collection::vec(any::<u8>(), 0..20).prop_map(Bytes::from)
@@ -792,7 +896,9 @@ mod tests {
                 };
                 let ledger = dropped.into_iter().map(entry).collect();
                 let trust = if damaged { Trust::Neither } else { Trust::Coverage };
-                Merge { namespace: NamespaceId(9), rule, cut, ahead, trust, offers, ledger }
+                let (namespace, source) = (NamespaceId(9), SOURCE);
+                let local = source;
+                Merge { namespace, rule, local, source, cut, ahead, trust, offers, ledger }
             })
     }
 
@@ -804,19 +910,22 @@ mod tests {
                     namespace: NamespaceId(3),
                     rule,
                     local,
+                    source: SOURCE,
                     changes
                 })
             ),
             any_vector().prop_map(|upto| Command::Trim(Trim { namespace: NamespaceId(1), upto })),
-            (any_vector(), prop::collection::vec(any_bytes(), 0..5)).prop_map(|(stable, keys)| {
-                Command::Collect(Collect { namespace: NamespaceId(2), stable, keys })
-            }),
+            (any_vector(), any_members(), prop::collection::vec(any_bytes(), 0..5)).prop_map(
+                |(stable, members, keys)| {
+                    Command::Collect(Collect { namespace: NamespaceId(2), stable, members, keys })
+                }
+            ),
             prop::collection::vec(any_request(), 0..5).prop_map(Command::ForgetRequests),
             any_merge().prop_map(Command::Merge),
             (any_actor(), any_vector(), any_vector(), any_vector()).prop_map(
                 |(local, since, cut, ahead)| {
-                    let namespace = NamespaceId(4);
-                    Command::Advance(Advance { namespace, local, since, cut, ahead })
+                    let (namespace, source) = (NamespaceId(4), SOURCE);
+                    Command::Advance(Advance { namespace, local, source, since, cut, ahead })
                 }
             ),
             (any_rule(), any_actor(), prop::collection::vec((any_bytes(), 1u64..9), 0..3))
@@ -832,6 +941,16 @@ mod tests {
                     Command::SetLink(RegionId(peer), setting)
                 }
             ),
+            any_members().prop_map(Command::Learn),
+            (any_actor(), any_vector()).prop_map(|(local, known)| {
+                let known = [(NamespaceId(1), known.clone()), (NamespaceId(16), known)].into();
+                Command::StartOver(StartOver { local, known })
+            }),
+            prop::collection::vec((any_bytes(), any_actor(), 1u64..9), 0..3).prop_map(|writes| {
+                let write = |(key, actor, seq)| (key, Dot { actor, seq });
+                let writes = writes.into_iter().map(write).collect();
+                Command::ForgetReviewed(ForgetReviewed { namespace: NamespaceId(7), writes })
+            }),
         ]
     }
 

@@ -9,6 +9,8 @@
 //!
 //! Not here: where state is kept (`tombolo-storage`), who stamps time (`tombolo-shard`).
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 
 use crate::{
@@ -20,6 +22,7 @@ use crate::{
     hlc::HybridTime,
     id::{Actor, Dot, NamespaceId, RegionId, RequestId},
     ledger::LedgerEntry,
+    members::{Member, MemberState, Members},
     record::{Content, Delta, Record, Rule, Sibling},
     repair::{self, DotReused, Sides, Trust},
     vector::VersionVector,
@@ -58,6 +61,15 @@ pub trait ShardState {
     ) -> Result<Option<Bytes>, Self::Error>;
     /// Changes how this region pulls from another.
     fn set_link(&mut self, peer: RegionId, setting: LinkSetting);
+    /// What this shard knows of the regions.
+    fn members(&self) -> Members;
+    /// Learns of regions.
+    fn set_members(&mut self, members: Members);
+    /// Drops all data, of every namespace, but keeps the present values that `region` wrote and `known`
+    /// does not cover: for people to look at, not as data.
+    fn start_over(&mut self, region: RegionId, known: &BTreeMap<NamespaceId, VersionVector>);
+    /// Forgets a write that was kept when the shard started over.
+    fn forget_reviewed(&mut self, namespace: NamespaceId, key: &Bytes, dot: Dot);
     /// Appends to the change log.
     fn append_change(&mut self, namespace: NamespaceId, change: &Change);
     /// Drops changes that `upto` covers. What it covers and the log does not have counts as
@@ -71,6 +83,12 @@ pub trait ShardState {
     fn remember(&mut self, request: RequestId, remembered: &Remembered);
     /// Forgets a request.
     fn forget(&mut self, request: RequestId);
+}
+
+/// Whether a value is kept for review when `region` starts over: it wrote it, and the others, which
+/// have `known`, do not have it.
+pub fn to_review(held: &Sibling, region: RegionId, known: Option<&VersionVector>) -> bool {
+    held.dot.actor.region == region && known.is_none_or(|known| !known.covers(held.dot))
 }
 
 /// Executes one command.
@@ -101,10 +119,58 @@ pub fn execute<S: ShardState>(state: &mut S, command: &Command) -> Result<Outcom
             state.set_link(peer, setting);
             Ok(Outcome::Done)
         }
+        Command::Learn(members) => {
+            learn(state, members.iter());
+            Ok(Outcome::Done)
+        }
+        Command::StartOver(start) => {
+            let Actor { region, incarnation } = start.local;
+            let joining = Member { incarnation, state: MemberState::Joining };
+            if learn(state, [(region, joining)]) {
+                state.start_over(region, &start.known);
+            }
+            Ok(Outcome::Done)
+        }
+        Command::ForgetReviewed(reviewed) => {
+            for (key, dot) in &reviewed.writes {
+                state.forget_reviewed(reviewed.namespace, key, *dot);
+            }
+            Ok(Outcome::Done)
+        }
     }
 }
 
+/// Learns of regions; answers whether there was news.
+fn learn<S: ShardState>(state: &mut S, said: impl IntoIterator<Item = (RegionId, Member)>) -> bool {
+    let mut members = state.members();
+    let mut is_news = false;
+    for (region, member) in said {
+        is_news |= members.learn(region, member);
+    }
+    if is_news {
+        state.set_members(members);
+    }
+    is_news
+}
+
+/// Whether something that came from `source` to `local` may be taken: the one is not shut out, and
+/// both live as they did.
+fn is_between<S: ShardState>(state: &S, local: Actor, source: Actor) -> bool {
+    let members = state.members();
+    members.admit(source) && members.actor(local.region) == local
+}
+
+/// What forbids `actor` to write; `None` if nothing does.
+fn inactive<S: ShardState>(state: &S, actor: Actor) -> Option<Member> {
+    let member = state.members().get(actor.region);
+    let active = Member { incarnation: actor.incarnation, state: MemberState::Active };
+    (member != active).then_some(member)
+}
+
 fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome, S::Error> {
+    if let Some(member) = inactive(state, write.actor) {
+        return Ok(Outcome::NotActive(member));
+    }
     let fingerprint = if write.request.is_some() { write.fingerprint() } else { 0 };
     if let Some(request) = write.request
         && let Some(before) = state.remembered(request)?
@@ -147,6 +213,9 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
 }
 
 fn execute_expire<S: ShardState>(state: &mut S, expire: &Expire) -> Result<Outcome, S::Error> {
+    if let Some(member) = inactive(state, expire.actor) {
+        return Ok(Outcome::NotActive(member));
+    }
     let frontier = state.frontier(expire.namespace);
     let mut writing = Writing::new(expire.namespace, expire.rule, expire.actor, frontier);
     let mut expired = 0;
@@ -225,6 +294,10 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
         frontier: state.frontier(ingest.namespace),
         stopped: None,
     };
+    if !is_between(state, ingest.local, ingest.source) {
+        ingested.stopped = Some(Stopped::SourceOut);
+        return Ok(Outcome::Ingested(ingested));
+    }
     for change in &ingest.changes {
         if ingested.frontier.covers(change.last()) {
             if is_another(state, ingest.namespace, change)? {
@@ -264,7 +337,8 @@ fn is_another<S: ShardState>(
 }
 
 fn cannot_take(ingest: &Ingest, change: &Change, frontier: &VersionVector) -> Option<Stopped> {
-    if change.actor == ingest.local {
+    let is_own = change.actor.region == ingest.local.region;
+    if is_own && ingest.local <= change.actor {
         return Some(Stopped::OwnChangeUnknown);
     }
     if change.first_seq != frontier.get(change.actor) + 1 {
@@ -281,6 +355,10 @@ fn execute_collect<S: ShardState>(state: &mut S, collect: &Collect) -> Result<Ou
     // Nothing may be called stable that is not even applied here.
     let stable = collect.stable.meet(&state.frontier(collect.namespace));
     let mut collected = 0;
+    if state.members() != collect.members {
+        // One that came since may need them.
+        return Ok(Outcome::Collected(collected));
+    }
     for key in &collect.keys {
         let record = state.record(collect.namespace, key)?;
         if record.is_some_and(|it| it.is_dead() && stable.covers_all(it.context())) {
@@ -292,6 +370,9 @@ fn execute_collect<S: ShardState>(state: &mut S, collect: &Collect) -> Result<Ou
 }
 
 fn execute_merge<S: ShardState>(state: &mut S, merge: &Merge) -> Result<Outcome, S::Error> {
+    if !is_between(state, merge.local, merge.source) {
+        return Ok(Outcome::SourceOut);
+    }
     let namespace = merge.namespace;
     let applied = state.frontier(namespace);
     if merge.trust == Trust::Neither && applied != merge.cut {
@@ -324,6 +405,9 @@ fn execute_merge<S: ShardState>(state: &mut S, merge: &Merge) -> Result<Outcome,
 }
 
 fn execute_advance<S: ShardState>(state: &mut S, advance: &Advance) -> Outcome {
+    if !is_between(state, advance.local, advance.source) {
+        return Outcome::SourceOut;
+    }
     let namespace = advance.namespace;
     let mut frontier = state.frontier(namespace);
     if frontier.get(advance.local) < advance.cut.get(advance.local) {

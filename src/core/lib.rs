@@ -7,8 +7,8 @@
 //!
 //! Reading order: [`id`], [`vector`], [`record`] (the merge), [`change`] (what travels),
 //! [`command`] and [`mod@execute`] (the state machine), [`token`] (what clients carry). What links do
-//! is decided by [`outgoing`], [`pending`], [`relay`] and [`repair`]; what may be forgotten by
-//! [`stability`]; what must hold of all of it is in [`invariant`].
+//! is decided by [`outgoing`], [`pending`], [`relay`] and [`repair`]; who takes part by [`members`];
+//! what may be forgotten by [`stability`]; what must hold of all of it is in [`invariant`].
 //!
 //! Not here: storage, consensus, networks, and every decision about *when* to do something.
 
@@ -21,12 +21,14 @@ pub mod id;
 pub mod invariant;
 pub mod key;
 pub mod ledger;
+pub mod members;
 pub mod merkle;
 pub mod namespace;
 pub mod outgoing;
 pub mod pending;
 pub mod placement;
 pub mod record;
+pub mod region;
 pub mod relay;
 pub mod repair;
 pub mod stability;
@@ -41,5 +43,6 @@ pub use command::{Command, Outcome, decode_batch, encode_batch};
 pub use execute::{ShardState, execute};
 pub use hlc::{HybridClock, HybridTime};
 pub use id::{Actor, Dot, NamespaceId, NodeId, RegionId, RequestId, ShardId};
+pub use members::{Member, MemberState, Members};
 pub use record::{Content, Record, Rule};
 pub use vector::VersionVector;

@@ -127,13 +127,18 @@ pub struct Sibling {
 }
 
 impl Sibling {
-    pub(crate) fn encode(&self, writer: &mut Writer) {
+    /// Appends the encoding.
+    pub fn encode(&self, writer: &mut Writer) {
         encode_dot(self.dot, writer);
         writer.fixed64(self.time.to_bits());
         self.content.encode(writer);
     }
 
-    pub(crate) fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+    /// Reads what [`encode`](Self::encode) wrote.
+    ///
+    /// # Errors
+    /// If the bytes are damaged.
+    pub fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
         let dot = decode_dot(reader)?;
         let time = HybridTime::from_bits(reader.fixed64()?);
         Ok(Self { dot, time, content: Content::decode(reader)? })

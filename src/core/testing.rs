@@ -10,11 +10,12 @@ use bytes::Bytes;
 use crate::{
     change::Change,
     command::{Advance, Command, LinkSetting, Merge, Remembered},
-    execute::ShardState,
-    id::{Actor, NamespaceId, RegionId, RequestId},
+    execute::{ShardState, to_review},
+    id::{Actor, Dot, NamespaceId, RegionId, RequestId},
     ledger::{LedgerEntry, LedgerId},
+    members::Members,
     merkle::{FAN_OUT, Tree, digest, leaf_of},
-    record::{Record, Rule},
+    record::{Record, Rule, Sibling},
     repair::{self, Offer, Trust},
     vector::VersionVector,
 };
@@ -36,6 +37,10 @@ pub struct MemoryState {
     pub ledger: BTreeMap<(NamespaceId, LedgerId), LedgerEntry>,
     /// How this region pulls from others.
     pub links: BTreeMap<RegionId, LinkSetting>,
+    /// What is known of the regions.
+    pub members: Members,
+    /// What was kept when the shard started over.
+    pub review: BTreeMap<(NamespaceId, Bytes, Dot), Sibling>,
     /// Remembered requests.
     pub requests: BTreeMap<RequestId, Remembered>,
 }
@@ -109,6 +114,8 @@ pub struct MemoryRepair {
     pub rule: Rule,
     /// The region that is repaired.
     pub local: Actor,
+    /// The region that it is repaired from.
+    pub source: Actor,
 }
 
 impl MemoryRepair {
@@ -120,7 +127,7 @@ impl MemoryRepair {
         source: &MemoryState,
         page: usize,
     ) -> Vec<Command> {
-        let Self { namespace, rule, local } = *self;
+        let Self { namespace, rule, local, source: from } = *self;
         let (known, cut) = (receiver.frontier(namespace), source.frontier(namespace));
         let ahead = source.ahead(namespace);
         let (mine, theirs) = (receiver.tree(namespace), source.tree(namespace));
@@ -154,12 +161,23 @@ impl MemoryRepair {
             .map(|(_, entry)| entry.clone());
         let merge = |offers: Vec<Offer>, ledger: Vec<LedgerEntry>| {
             let (cut, ahead, trust) = (cut.clone(), ahead.clone(), Trust::Coverage);
-            Command::Merge(Merge { namespace, rule, cut, ahead, trust, offers, ledger })
+            let source = from;
+            Command::Merge(Merge {
+                namespace,
+                rule,
+                local,
+                source,
+                cut,
+                ahead,
+                trust,
+                offers,
+                ledger,
+            })
         };
         let mut commands = vec![merge(Vec::new(), ledger.collect())];
         commands.extend(offers.chunks(page.max(1)).map(|page| merge(page.to_vec(), Vec::new())));
-        let advance =
-            Advance { namespace, local, since: known, cut: cut.clone(), ahead: ahead.clone() };
+        let (since, cut, ahead) = (known, cut.clone(), ahead.clone());
+        let advance = Advance { namespace, local, source: from, since, cut, ahead };
         commands.push(Command::Advance(advance));
         commands
     }
@@ -209,6 +227,34 @@ impl ShardState for MemoryState {
 
     fn set_link(&mut self, peer: RegionId, setting: LinkSetting) {
         self.links.insert(peer, setting);
+    }
+
+    fn members(&self) -> Members {
+        self.members.clone()
+    }
+
+    fn set_members(&mut self, members: Members) {
+        self.members = members;
+    }
+
+    fn start_over(&mut self, region: RegionId, known: &BTreeMap<NamespaceId, VersionVector>) {
+        let mut fresh = Self {
+            links: std::mem::take(&mut self.links),
+            members: std::mem::take(&mut self.members),
+            review: std::mem::take(&mut self.review),
+            ..Self::default()
+        };
+        for ((namespace, key), record) in &self.records {
+            let known = known.get(namespace);
+            for kept in record.siblings().iter().filter(|held| to_review(held, region, known)) {
+                fresh.review.insert((*namespace, key.clone(), kept.dot), kept.clone());
+            }
+        }
+        *self = fresh;
+    }
+
+    fn forget_reviewed(&mut self, namespace: NamespaceId, key: &Bytes, dot: Dot) {
+        self.review.remove(&(namespace, key.clone(), dot));
     }
 
     fn append_change(&mut self, namespace: NamespaceId, change: &Change) {

@@ -18,7 +18,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
-use tombolo_core::{NamespaceId, RegionId, VersionVector, outgoing::Outgoing};
+use tombolo_core::{Actor, NamespaceId, RegionId, VersionVector, outgoing::Outgoing};
 use tombolo_proto::internal::v1 as pb;
 use tombolo_shard::{Shard, ShardError};
 use tombolo_storage::StoredChange;
@@ -26,7 +26,7 @@ use tonic::{Status, Streaming};
 
 use crate::{
     config::{FRONTIER_INTERVAL, QUORUM_AGE_MAX, ReplicationConfig},
-    server::not_leader,
+    server::{admit, not_leader},
     status::LinkStatuses,
     wire,
 };
@@ -36,7 +36,9 @@ pub(crate) type Replies = mpsc::Sender<Result<pb::PullResponse, Status>>;
 /// One peer region's pull of one shard.
 pub(crate) struct Feed {
     pub(crate) shard: Shard,
-    pub(crate) peer: RegionId,
+    pub(crate) peer: Actor,
+    /// The peer is still taking over what others have.
+    pub(crate) joins: bool,
     pub(crate) config: ReplicationConfig,
     pub(crate) statuses: Arc<LinkStatuses>,
     pub(crate) subscriptions: BTreeMap<NamespaceId, Subscription>,
@@ -104,6 +106,7 @@ impl Feed {
                     if !self.shard.group().has_quorum(QUORUM_AGE_MAX) {
                         return Err(not_leader(&self.shard));
                     }
+                    admit(&self.shard, self.peer, self.joins)?;
                     self.tell_frontiers(replies, shutdown).await?;
                 }
             }
@@ -156,7 +159,7 @@ impl Feed {
                     Ok(Some(changes)) => {
                         let namespace = namespace.0;
                         let bytes: usize = changes.iter().map(Bytes::len).sum();
-                        self.statuses.count_sent(self.peer, bytes as u64);
+                        self.statuses.count_sent(self.peer.region, bytes as u64);
                         pb::pull_response::Body::Changes(pb::Changes { namespace, changes })
                     }
                     Ok(None) => break,
@@ -185,7 +188,7 @@ impl Feed {
     ) -> Result<(), Status> {
         let now = Instant::now();
         for (&namespace, subscription) in &mut self.subscriptions {
-            let frontier = self.shard.frontier(namespace);
+            let (frontier, members) = self.shard.store().frontier_and_members(namespace);
             let due = subscription.told.as_ref().is_none_or(|(told, at)| {
                 *told != frontier || now.duration_since(*at) >= self.config.heartbeat
             });
@@ -194,6 +197,7 @@ impl Feed {
                     namespace: namespace.0,
                     frontier: wire::encode_frontier(&frontier),
                     time: self.shard.clock().now().to_bits(),
+                    members: wire::encode_members(&members),
                 };
                 let body = pb::pull_response::Body::Heartbeat(heartbeat);
                 reply(replies, body, shutdown).await?;

@@ -24,6 +24,7 @@ mod pace;
 mod puller;
 mod relay;
 mod repair;
+mod seed;
 mod server;
 mod status;
 mod wire;
@@ -39,4 +40,4 @@ pub use status::{
 pub use wire::link_identity;
 
 /// The version of the link protocol that this build speaks.
-pub const LINK_PROTOCOL: u32 = 1;
+pub const LINK_PROTOCOL: u32 = 2;

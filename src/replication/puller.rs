@@ -16,16 +16,15 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tombolo_cluster::{Catalog, Region};
+use tombolo_cluster::{Region, Topology};
 use tombolo_core::{
-    Change, NamespaceId, RegionId, Rule, VersionVector,
+    Actor, Change, Member, MemberState, NamespaceId, RegionId, Rule, VersionVector,
     command::{Ingested, LinkSetting, Stopped},
     namespace::Namespace,
     pending::Pending,
 };
 use tombolo_proto::internal::v1::{self as pb, link_service_client::LinkServiceClient};
-use tombolo_shard::{Consistency, Shard, ShardError};
-use tombolo_storage::ShardStore;
+use tombolo_shard::{Consistency, Shard, ShardError, Shards};
 use tonic::{Code, Status, Streaming, codec::CompressionEncoding};
 
 use crate::{
@@ -41,6 +40,7 @@ use crate::{
         Gate,
         receiver::{Found, Purpose, Repair, RepairError},
     },
+    seed::Seeded,
     server::message_bytes_max,
     status::{LinkKey, LinkPhase, LinkStatuses},
     wire,
@@ -58,12 +58,13 @@ const CHECKS_MAX: u32 = 10;
 pub(crate) struct Puller {
     pub(crate) shard: Shard,
     pub(crate) peer: Region,
-    pub(crate) catalog: Catalog,
+    /// All shards of the node. The catalog's keeps how operators want links to be.
+    pub(crate) shards: Shards,
+    /// Shared by all pullers of the shard.
+    pub(crate) seeded: Seeded,
     pub(crate) channels: LinkChannels,
     pub(crate) statuses: Arc<LinkStatuses>,
     pub(crate) paths: Arc<Paths>,
-    /// The replica of the catalog's shard, which keeps how operators want links to be.
-    pub(crate) settings: ShardStore,
     /// Shared by all pullers of the node from the same peer.
     pub(crate) pace: Arc<Pace>,
     /// Shared by all pullers of the shard.
@@ -75,13 +76,16 @@ pub(crate) struct Puller {
 
 /// Why a stream ended.
 #[derive(Debug, thiserror::Error)]
-enum PullError {
+pub(crate) enum PullError {
     /// Another node of the peer region may lead: try the next address.
     #[error("{0}")]
     TryNext(String),
     /// Try again after a pause.
     #[error("{0}")]
     Broken(String),
+    /// Others have events of this region that it does not know.
+    #[error("{0}")]
+    Regressed(String),
     /// An operator has paused the link.
     #[error("paused by an operator; `ctl link resume` goes on")]
     Paused,
@@ -112,6 +116,11 @@ impl Puller {
             }
             let pause = match &error {
                 PullError::Stopped => break,
+                PullError::Regressed(reason) => {
+                    self.stop_writing(reason).await;
+                    self.shard.hear_from(self.peer.id);
+                    backoff.next_pause()
+                }
                 PullError::Paused => {
                     backoff.reset();
                     PAUSED_INTERVAL
@@ -158,19 +167,20 @@ impl Puller {
         }
     }
 
-    fn key(&self, namespace: NamespaceId) -> LinkKey {
+    pub(crate) fn key(&self, namespace: NamespaceId) -> LinkKey {
         LinkKey { peer: self.peer.id, namespace, shard: self.shard.id() }
     }
 
     /// What an operator has set for the link.
-    fn setting(&self) -> LinkSetting {
-        self.settings.link(self.peer.id)
+    pub(crate) fn setting(&self) -> LinkSetting {
+        self.shards.catalog_shard().store().link(self.peer.id)
     }
 
     /// What to pull: all namespaces, and the catalog itself where it lives.
-    fn namespaces(&self) -> BTreeMap<NamespaceId, Arc<Namespace>> {
+    pub(crate) fn namespaces(&self) -> BTreeMap<NamespaceId, Arc<Namespace>> {
         let mut namespaces: BTreeMap<_, _> = self
-            .catalog
+            .shards
+            .catalog()
             .current()
             .iter()
             .map(|namespace| (namespace.id, Arc::clone(namespace)))
@@ -190,8 +200,13 @@ impl Puller {
         let current =
             self.shard.prepare_read(NamespaceId::CATALOG, &Consistency::Linearizable, deadline);
         current.await.map_err(|error| broken(&format!("not ready to pull: {error}")))?;
-        let (requests, stream) = self.open(address).await?;
+        let (requests, stream, source) = self.open(address).await?;
         *progress = Progress::Opened;
+        self.shard.hear_from(self.peer.id);
+        if self.shard.own_member().state.is_joining() {
+            drop((requests, stream));
+            return self.seed(address, source).await;
+        }
         self.paths.up(self.peer.id);
         tracing::info!(
             shard = %self.shard.id(),
@@ -202,6 +217,7 @@ impl Puller {
         Stream {
             puller: self,
             address,
+            source,
             requests,
             lanes: BTreeMap::new(),
             ingest: None,
@@ -219,7 +235,8 @@ impl Puller {
     async fn open(
         &self,
         address: &str,
-    ) -> Result<(mpsc::Sender<pb::PullRequest>, Streaming<pb::PullResponse>), PullError> {
+    ) -> Result<(mpsc::Sender<pb::PullRequest>, Streaming<pb::PullResponse>, Actor), PullError>
+    {
         let channel = self
             .channels
             .get(address)
@@ -229,7 +246,8 @@ impl Puller {
             .send_compressed(CompressionEncoding::Zstd)
             .max_decoding_message_size(message_bytes_max());
         let (requests, receiver) = mpsc::channel(STREAM_MESSAGES_MAX);
-        let identity = wire::link_identity(self.shard.topology(), &self.peer);
+        let own = self.shard.own_member();
+        let identity = wire::link_identity(self.shard.topology(), own, &self.peer);
         let open = wire::open(identity, u32::from(self.shard.id().0));
         // The channel is new and has room.
         let _ = requests.try_send(open);
@@ -237,18 +255,158 @@ impl Puller {
             let mut stream = client.pull(ReceiverStream::new(receiver)).await?.into_inner();
             let first = stream.message().await?;
             match first.and_then(|first| first.body) {
-                Some(pb::pull_response::Body::Opened(opened)) => {
-                    wire::check_identity(self.shard.topology(), opened.identity)?;
-                    Ok(stream)
-                }
+                Some(pb::pull_response::Body::Opened(opened)) => Ok((stream, opened)),
                 Some(_) | None => Err(Status::internal("the peer did not open the stream")),
             }
         };
-        match tokio::time::timeout(CONNECT_TIMEOUT, opening).await {
-            Ok(Ok(stream)) => Ok((requests, stream)),
-            Ok(Err(status)) => Err(classify(address, &status)),
-            Err(_) => Err(PullError::TryNext(format!("{address} did not answer in time"))),
+        let (stream, opened) = match tokio::time::timeout(CONNECT_TIMEOUT, opening).await {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(status)) => return Err(classify(address, &status)),
+            Err(_) => return Err(PullError::TryNext(format!("{address} did not answer in time"))),
+        };
+        let met = Met::decode(self.shard.topology(), opened);
+        let met = met.map_err(|status| classify(address, &status))?;
+        self.hear_of_oneself(own, &met).await?;
+        if !self.shard.store().members().admit(met.source) {
+            let theirs = met.source.incarnation;
+            return Err(broken(&format!(
+                "this shard knows region `{}` in another incarnation than {theirs}, or shut out",
+                self.peer.name
+            )));
         }
+        Ok((requests, stream, met.source))
+    }
+
+    /// Follows what a peer was told of this very region: others may have shut it out, taken it back, or
+    /// know more of its writes than it does itself.
+    async fn hear_of_oneself(&self, own: Member, met: &Met) -> Result<(), PullError> {
+        let region = self.shard.topology().region;
+        let deadline = Instant::now() + INGEST_TIMEOUT;
+        let name = &self.peer.name;
+        match met.you {
+            Some(you) if own < you => {
+                let is_new_life = own.incarnation < you.incarnation;
+                let done = match you.state {
+                    MemberState::Joining if is_new_life => {
+                        let known = met.known.clone();
+                        self.shard.start_over(you.incarnation, known, deadline).await
+                    }
+                    MemberState::Active if is_new_life => {
+                        return Err(PullError::Regressed(format!(
+                            "region `{name}` knows this region in incarnation {}, and this shard is \
+                             in incarnation {}: its data is from before that",
+                            you.incarnation, own.incarnation
+                        )));
+                    }
+                    // Whether it has all that it needs it knows by itself.
+                    MemberState::Joining | MemberState::Active => return Ok(()),
+                    MemberState::Recovering
+                    | MemberState::Regressed
+                    | MemberState::Fenced
+                    | MemberState::Removed => self.shard.set_member(region, you, deadline).await,
+                };
+                done.map_err(|error| broken(&error.to_string()))?;
+                Err(broken(&format!("region `{name}` knows this region as {:?}", you.state)))
+            }
+            None if own.state.is_joining() => Err(broken(&format!(
+                "region `{name}` has not heard that this region joins: `tombolo ctl region add` admits a new one there, and `recover` one that lost its data"
+            ))),
+            _ if own.state == MemberState::Regressed => Err(broken(
+                "this region lost writes that it had told of: `tombolo ctl region recover`, run in \
+                 another region, gives it a new incarnation",
+            )),
+            _ if own.state.is_out() => {
+                Err(broken(&format!("the other regions go on without this one: {:?}", own.state)))
+            }
+            _ if own.state == MemberState::Active => self.compare_own_events(met),
+            _ => Ok(()),
+        }
+    }
+
+    /// This leader was current when it asked, so nothing of its region may be elsewhere only.
+    fn compare_own_events(&self, met: &Met) -> Result<(), PullError> {
+        let own = self.shard.actor();
+        for (&namespace, events) in &met.known {
+            let (here, there) = (self.shard.frontier(namespace).get(own), events.get(own));
+            if here < there {
+                return Err(PullError::Regressed(format!(
+                    "region `{}` has {there} events of this region in namespace {namespace}, and this \
+                     region has {here}",
+                    self.peer.name
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The counters went back: another write would carry an identity that is used already.
+    async fn stop_writing(&self, reason: &str) {
+        tracing::error!(
+            shard = %self.shard.id(),
+            peer = %self.peer.name,
+            reason,
+            "this region lost writes that others have, and takes no more; `tombolo ctl region \
+             recover`, run in another region, gives it a new incarnation"
+        );
+        let own = self.shard.own_member();
+        if own.state != MemberState::Active {
+            return;
+        }
+        let regressed = Member { state: MemberState::Regressed, ..own };
+        let region = self.shard.topology().region;
+        let deadline = Instant::now() + INGEST_TIMEOUT;
+        if let Err(error) = self.shard.set_member(region, regressed, deadline).await {
+            tracing::warn!(%error, "will be noted with the next attempt");
+        }
+    }
+
+    /// How to treat the end of a repair.
+    pub(crate) fn after_repair(&self, error: RepairError) -> PullError {
+        match error {
+            RepairError::OwnChangeUnknown => PullError::Regressed(error.to_string()),
+            RepairError::DotReused(_) | RepairError::Broken(_) => {
+                PullError::Broken(error.to_string())
+            }
+        }
+    }
+
+    /// A repair of a namespace from the peer.
+    pub(crate) fn repair(&self, address: &str, source: Actor, namespace: Arc<Namespace>) -> Repair {
+        Repair {
+            shard: self.shard.clone(),
+            peer: self.peer.clone(),
+            source,
+            address: address.to_owned(),
+            namespace,
+            channels: self.channels.clone(),
+            statuses: Arc::clone(&self.statuses),
+            setting: self.shards.catalog_shard().store().clone(),
+            pace: Arc::clone(&self.pace),
+            config: self.config.clone(),
+        }
+    }
+}
+
+/// What a peer said of itself and of this region.
+struct Met {
+    /// The peer, in its present life.
+    source: Actor,
+    /// What it was told of this region.
+    you: Option<Member>,
+    /// What it has of this region's events.
+    known: BTreeMap<NamespaceId, VersionVector>,
+}
+
+impl Met {
+    fn decode(topology: &Topology, opened: pb::Opened) -> Result<Self, Status> {
+        let source = wire::check_identity(topology, opened.identity)?;
+        let you = opened.you.map(wire::decode_member).transpose()?.map(|(_, member)| member);
+        let mut known = BTreeMap::new();
+        for namespace in opened.known {
+            let events = wire::decode_frontier(namespace.events)?;
+            known.insert(NamespaceId(namespace.namespace), events);
+        }
+        Ok(Self { source, you, known })
     }
 }
 
@@ -275,6 +433,8 @@ struct Stream<'a> {
     puller: &'a Puller,
     /// Where the peer's leader is.
     address: &'a str,
+    /// The peer, in its present life.
+    source: Actor,
     requests: mpsc::Sender<pb::PullRequest>,
     lanes: BTreeMap<NamespaceId, Lane>,
     /// The batch on its way through Raft.
@@ -336,7 +496,7 @@ impl Due {
 impl Stream<'_> {
     async fn run(mut self, mut stream: Streaming<pb::PullResponse>) -> Result<(), PullError> {
         let shard = &self.puller.shard;
-        let mut versions = self.puller.catalog.subscribe();
+        let mut versions = self.puller.shards.catalog().subscribe();
         let mut applied = shard.store().watch_applied();
         let mut ticks = tokio::time::interval(FRONTIER_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -489,14 +649,22 @@ impl Stream<'_> {
                 let frontier = wire::decode_frontier(heartbeat.frontier)
                     .map_err(|status| broken(status.message()))?;
                 let id = NamespaceId(heartbeat.namespace);
+                let members = wire::decode_members(heartbeat.members)
+                    .map_err(|status| broken(status.message()))?;
                 let (peer, shard) = (self.puller.peer.id, &self.puller.shard);
-                let own = shard.topology().actor();
+                let own = shard.actor();
                 // This leader was current when the stream began, and the peer has it from here.
                 if shard.frontier(id).get(own) < frontier.get(own) {
-                    return Err(PullError::Broken(RepairError::OwnChangeUnknown.to_string()));
+                    return Err(self.puller.after_repair(RepairError::OwnChangeUnknown));
                 }
                 self.puller.paths.tell(peer, id, frontier.clone());
-                shard.peers().tell(id, peer, frontier.clone(), &shard.frontier(id));
+                // Who knows of a region that this shard has not heard of counts it before it forgets
+                // anything; this shard does not yet.
+                let (local, known) = shard.store().frontier_and_members(id);
+                if known.know_all_of(&members) {
+                    let told = frontier.clone();
+                    shard.peers().tell(id, self.source, told, &members, &local);
+                }
                 if let Some(lane) = self.lanes.get_mut(&id) {
                     lane.peer_frontier = frontier;
                     self.show_lag(id);
@@ -588,17 +756,8 @@ impl Stream<'_> {
                     status.next_retry = None;
                 });
             }
-            let repair = Repair {
-                shard: puller.shard.clone(),
-                peer: puller.peer.clone(),
-                address: self.address.to_owned(),
-                namespace: Arc::clone(&lane.namespace),
-                channels: puller.channels.clone(),
-                statuses: Arc::clone(&puller.statuses),
-                setting: puller.settings.clone(),
-                pace: Arc::clone(&puller.pace),
-                config: puller.config.clone(),
-            };
+            let namespace = Arc::clone(&lane.namespace);
+            let repair = puller.repair(self.address, self.source, namespace);
             self.repair = Some(Box::pin(async move {
                 let _held = (permit, pass);
                 (id, due.purpose, repair.run(due.purpose).await)
@@ -627,7 +786,9 @@ impl Stream<'_> {
                 Some(Due { purpose, at: Instant::now() + pause, tried })
             }
             (Ok(_), _) | (Err(_), Purpose::Check) => None,
-            (Err(_), Purpose::CatchUp) => Some(Due { purpose, at: Instant::now() + pause, tried }),
+            (Err(_), Purpose::CatchUp | Purpose::Seed) => {
+                Some(Due { purpose, at: Instant::now() + pause, tried })
+            }
         };
         // Meanwhile the peer may have said that its log is gone further than this repair went. It
         // sends nothing more until then, so the next one is due.
@@ -639,8 +800,8 @@ impl Stream<'_> {
             lane.due = Some(Due { purpose: Purpose::CatchUp, at, tried: 0 });
         }
         puller.statuses.count_repair(puller.peer.id, |counts| match &result {
-            Ok(Found::Equal) => counts.equal += 1,
-            Ok(Found::CaughtUp) => counts.caught_up += 1,
+            Ok(Found::Equal(_)) => counts.equal += 1,
+            Ok(Found::CaughtUp { .. }) => counts.caught_up += 1,
             Ok(Found::Moving | Found::Damage { .. }) => {}
             Err(_) => counts.failed += 1,
         });
@@ -679,7 +840,7 @@ impl Stream<'_> {
                     "repair broken off, will retry"
                 );
                 if !matches!(error, RepairError::Broken(_)) {
-                    return Err(PullError::Broken(reason));
+                    return Err(puller.after_repair(error));
                 }
                 // A comparison that failed changes nothing about the stream.
                 if purpose == Purpose::CatchUp {
@@ -719,10 +880,11 @@ impl Stream<'_> {
             let ready = lane.pending.take_ready(&frontier, bytes_max);
             if !ready.is_empty() {
                 self.served = id;
-                let (shard, namespace) = (shard.clone(), Arc::clone(&lane.namespace));
+                let (shard, source) = (shard.clone(), self.source);
+                let namespace = Arc::clone(&lane.namespace);
                 self.ingest = Some(Box::pin(async move {
                     let deadline = Instant::now() + INGEST_TIMEOUT;
-                    (id, shard.ingest(&namespace, ready, deadline).await)
+                    (id, shard.ingest(&namespace, source, ready, deadline).await)
                 }));
                 return;
             }
@@ -748,7 +910,12 @@ impl Stream<'_> {
             None | Some(Stopped::Dependency) => {}
             Some(Stopped::Gap) => return Err(broken("the stream has a gap")),
             Some(Stopped::OwnChangeUnknown) => {
-                return Err(PullError::Broken(RepairError::OwnChangeUnknown.to_string()));
+                return Err(self.puller.after_repair(RepairError::OwnChangeUnknown));
+            }
+            Some(Stopped::SourceOut) => {
+                return Err(broken(
+                    "this shard has shut the peer out, or knows it in a new incarnation",
+                ));
             }
             Some(Stopped::DotReused(dot)) => {
                 return Err(PullError::Broken(RepairError::DotReused(dot).to_string()));
@@ -814,6 +981,6 @@ fn jittered(interval: Duration) -> Duration {
     interval.mul_f64(rand::random_range(0.75..=1.25))
 }
 
-fn broken(reason: &str) -> PullError {
+pub(crate) fn broken(reason: &str) -> PullError {
     PullError::Broken(reason.to_owned())
 }

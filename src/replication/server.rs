@@ -6,7 +6,7 @@ use futures::{Stream, StreamExt, future::BoxFuture};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tombolo_core::{Rule, ShardId};
+use tombolo_core::{Actor, MemberState, Rule, ShardId, VersionVector};
 use tombolo_proto::internal::v1::{
     self as pb,
     link_service_server::{LinkService, LinkServiceServer},
@@ -19,7 +19,7 @@ use crate::{
     feed::Feed,
     repair::source,
     status::LinkStatuses,
-    wire::{check_identity, link_identity},
+    wire::{self, check_identity, link_identity},
 };
 
 /// A change of the catalog, asked for by another region.
@@ -108,6 +108,60 @@ pub(crate) fn not_leader(shard: &Shard) -> Status {
     status
 }
 
+/// Whether a region may pull from a shard here, and compare itself with it.
+pub(crate) fn admit(shard: &Shard, caller: Actor, joins: bool) -> Result<(), Status> {
+    let topology = shard.topology();
+    let (local, name) = (topology.local_name(), topology.region_name(caller.region));
+    let own = shard.own_member();
+    if own.state != MemberState::Active {
+        // What it has is not whole, and what it says of itself would count.
+        return Err(Status::unavailable(format!(
+            "region `{local}` is {:?} and serves nobody",
+            own.state
+        )));
+    }
+    let members = shard.store().members();
+    let known = members.get(caller.region);
+    if known.state.is_out() {
+        return Err(Status::failed_precondition(format!(
+            "region `{name}` is {:?} in region `{local}`; `tombolo ctl region add {name}` takes a \
+             fenced region back",
+            known.state
+        )));
+    }
+    if known.incarnation != caller.incarnation || (joins && members.said(caller.region).is_none()) {
+        return Err(Status::unavailable(format!(
+            "shard {} of region `{local}` knows region `{name}` in incarnation {} and not in {}: it \
+             will hear of it from the catalog",
+            shard.id(),
+            known.incarnation,
+            caller.incarnation
+        )));
+    }
+    Ok(())
+}
+
+/// What a shard here was told of the caller, and has of its events.
+fn opened(shard: &Shard, caller: Actor) -> pb::Opened {
+    let topology = shard.topology();
+    let own = |vector: VersionVector| -> VersionVector {
+        vector.iter().filter(|(actor, _)| actor.region == caller.region).collect()
+    };
+    let known = shard.store().frontiers().into_iter().map(|(namespace, frontier)| pb::Known {
+        namespace: namespace.0,
+        events: wire::encode_frontier(&own(frontier)),
+    });
+    let region = topology.region(caller.region);
+    let identity = region.map(|region| link_identity(topology, shard.own_member(), &region));
+    let said = shard.store().members().said(caller.region);
+    pb::Opened {
+        identity,
+        node_id: topology.node.0,
+        you: said.map(|member| wire::encode_member(caller.region, member)),
+        known: known.collect(),
+    }
+}
+
 async fn first_of<T>(requests: &mut Streaming<T>) -> Result<T, Status> {
     tokio::time::timeout(CONNECT_TIMEOUT, requests.next())
         .await
@@ -132,19 +186,22 @@ impl LinkService for LinkServer {
         let Some(pb::pull_request::Body::Open(open)) = first.body else {
             return Err(Status::invalid_argument("the first message must be `open`"));
         };
-        let topology = self.shards.topology();
-        let peer = check_identity(topology, open.identity)?;
+        let joins = open.identity.as_ref().is_some_and(|identity| identity.from_joining);
+        let peer = check_identity(self.shards.topology(), open.identity)?;
         let shard = self.led_shard(open.shard)?.clone();
 
         let (replies, receiver) = mpsc::channel(STREAM_MESSAGES_MAX);
-        let identity = topology.region(peer).map(|region| link_identity(topology, region));
-        let opened = pb::Opened { identity, node_id: topology.node.0 };
-        let opened = pb::PullResponse { body: Some(pb::pull_response::Body::Opened(opened)) };
+        let opened = pb::pull_response::Body::Opened(opened(&shard, peer));
         // The channel is new and has room.
-        let _ = replies.try_send(Ok(opened));
+        let _ = replies.try_send(Ok(pb::PullResponse { body: Some(opened) }));
+        if let Err(status) = admit(&shard, peer, joins) {
+            let _ = replies.try_send(Err(status));
+            return Ok(Response::new(Box::pin(ReceiverStream::new(receiver))));
+        }
         let feed = Feed {
             shard,
             peer,
+            joins,
             config: self.config.clone(),
             statuses: Arc::clone(&self.statuses),
             subscriptions: Default::default(),
@@ -162,8 +219,10 @@ impl LinkService for LinkServer {
         let Some(pb::repair_request::Body::Open(open)) = first.body else {
             return Err(Status::invalid_argument("the first message must be `open`"));
         };
-        check_identity(self.shards.topology(), open.identity.clone())?;
+        let joins = open.identity.as_ref().is_some_and(|identity| identity.from_joining);
+        let peer = check_identity(self.shards.topology(), open.identity.clone())?;
         let shard = self.led_shard(open.shard)?.clone();
+        admit(&shard, peer, joins)?;
         let (replies, receiver) = mpsc::channel(STREAM_MESSAGES_MAX);
         let shutdown = self.shutdown.clone();
         self.tasks.spawn(source::serve(shard, open, requests, replies, shutdown));
@@ -175,7 +234,8 @@ impl LinkService for LinkServer {
         request: Request<pb::ChangeCatalogRequest>,
     ) -> Result<Response<pb::ChangeCatalogResponse>, Status> {
         let request = request.into_inner();
-        check_identity(self.shards.topology(), request.identity)?;
+        let peer = check_identity(self.shards.topology(), request.identity)?;
+        admit(self.shards.catalog_shard(), peer, false)?;
         let change = match request.change {
             Some(pb::change_catalog_request::Change::Create(create)) => {
                 let rule = u8::try_from(create.rule).ok().and_then(Rule::from_byte);

@@ -28,6 +28,8 @@ pub enum LinkPhase {
     Connecting,
     /// Receiving changes as they commit.
     Streaming,
+    /// This region joins, comes back or is recovered, and takes over what the peer has.
+    Seeding,
     /// The peer's change log no longer reaches back to what this region has: taking over what
     /// differs, or waiting for the turn to.
     Repairing,

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use tombolo_cluster::{Region, Topology};
 use tombolo_core::{
-    Actor, NamespaceId, RegionId, VersionVector,
+    Actor, Member, MemberState, Members, NamespaceId, RegionId, VersionVector,
     vector::{ACTORS_MAX, SEQ_MAX},
 };
 use tombolo_proto::internal::v1 as pb;
@@ -46,8 +46,44 @@ pub(crate) fn decode_region(number: u32) -> Result<RegionId, Status> {
         .map_err(|_| Status::invalid_argument(format!("region number {number} exceeds 65535")))
 }
 
-/// Who calls `to`: the first thing on every stream.
-pub fn link_identity(topology: &Topology, to: &Region) -> pb::LinkIdentity {
+pub(crate) fn encode_member(region: RegionId, member: Member) -> pb::RegionMember {
+    pb::RegionMember {
+        region: u32::from(region.0),
+        incarnation: member.incarnation,
+        state: u32::from(member.state.to_byte()),
+    }
+}
+
+pub(crate) fn decode_member(member: pb::RegionMember) -> Result<(RegionId, Member), Status> {
+    let state = u8::try_from(member.state).ok().and_then(MemberState::from_byte);
+    let state = state.ok_or_else(|| {
+        let what = format!("region state {} is not known to this version", member.state);
+        Status::invalid_argument(what)
+    })?;
+    let region = decode_region(member.region)?;
+    Ok((region, Member { incarnation: member.incarnation, state }))
+}
+
+pub(crate) fn encode_members(members: &Members) -> Vec<pb::RegionMember> {
+    members.iter().map(|(region, member)| encode_member(region, member)).collect()
+}
+
+pub(crate) fn decode_members(members: Vec<pb::RegionMember>) -> Result<Members, Status> {
+    members.into_iter().map(decode_member).collect()
+}
+
+/// A checksum over what is sent in one message.
+pub(crate) fn checksum<'a>(parts: impl IntoIterator<Item = &'a bytes::Bytes>) -> u64 {
+    let mut hash = xxhash_rust::xxh3::Xxh3::new();
+    for part in parts {
+        hash.update(&(part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hash.digest()
+}
+
+/// Who calls `to`: the first thing on every stream. `own` is the caller's present life.
+pub fn link_identity(topology: &Topology, own: Member, to: &Region) -> pb::LinkIdentity {
     pb::LinkIdentity {
         cluster_id: topology.cluster_id.clone(),
         from_region: topology.local_name(),
@@ -55,17 +91,19 @@ pub fn link_identity(topology: &Topology, to: &Region) -> pb::LinkIdentity {
         from_region_number: u32::from(topology.region.0),
         shard_count: u32::from(topology.shard_count),
         protocol: LINK_PROTOCOL,
+        from_incarnation: own.incarnation,
+        from_joining: own.state.is_joining(),
     }
 }
 
-/// Checks who is at the other end, and answers its region.
+/// Checks who is at the other end, and answers its region, in its present life.
 ///
 /// # Errors
 /// FAILED_PRECONDITION, naming what differs and what to do.
 pub(crate) fn check_identity(
     topology: &Topology,
     identity: Option<pb::LinkIdentity>,
-) -> Result<RegionId, Status> {
+) -> Result<Actor, Status> {
     let identity =
         identity.ok_or_else(|| Status::invalid_argument("the first message has no identity"))?;
     let refuse = |what: String| Err(Status::failed_precondition(what));
@@ -102,15 +140,17 @@ pub(crate) fn check_identity(
         ));
     }
     match topology.region_named(&identity.from_region) {
-        Some(region) if u32::from(region.id.0) == identity.from_region_number => Ok(region.id),
+        Some(region) if u32::from(region.id.0) == identity.from_region_number => {
+            Ok(Actor { region: region.id, incarnation: identity.from_incarnation })
+        }
         Some(region) => refuse(format!(
             "region `{}` calls itself number {} but is number {} here: [[regions]] must be the \
              same everywhere",
             identity.from_region, identity.from_region_number, region.id
         )),
         None => refuse(format!(
-            "region `{}` is not in this node's [[regions]]: add it",
-            identity.from_region
+            "region `{}` is no member of this cluster: `tombolo ctl region add {} --number {}` admits it",
+            identity.from_region, identity.from_region, identity.from_region_number
         )),
     }
 }

@@ -29,13 +29,14 @@ pub(crate) fn rows(limit: u32) -> usize {
 }
 
 impl RegionApi {
-    fn led(&self) -> impl Iterator<Item = &Shard> {
+    pub(crate) fn led(&self) -> impl Iterator<Item = &Shard> {
         self.gateway.shards().iter().filter(|shard| shard.is_leader())
     }
 
     /// The region with this name, which must be another one.
     pub(crate) fn peer(&self, name: &str) -> Result<RegionId, Status> {
-        let region = self.gateway.topology().peers().find(|region| region.name == name);
+        let peers = self.gateway.topology().peers();
+        let region = peers.into_iter().find(|region| region.name == name);
         region.map(|region| region.id).ok_or_else(|| {
             Reason::RegionNotFound
                 .status(format!("there is no other region `{name}`"), &[("region", name.into())])

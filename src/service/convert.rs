@@ -139,7 +139,7 @@ pub(crate) fn encode_dot(dot: Dot) -> pb::Dot {
     }
 }
 
-fn decode_dot(dot: pb::Dot) -> Result<Dot, Status> {
+pub(crate) fn decode_dot(dot: pb::Dot) -> Result<Dot, Status> {
     let region = u16::try_from(dot.region)
         .map_err(|_| Reason::RequestInvalid.status("a dot's region exceeds 65535", &[]))?;
     if dot.seq == 0 {

@@ -159,6 +159,9 @@ impl Gateway {
         consistency: &Consistency,
         deadline: Instant,
     ) -> Result<Revision, Status> {
+        if namespace != NamespaceId::CATALOG {
+            shard.check_whole().map_err(|error| self.status(error))?;
+        }
         loop {
             let refused = match shard.prepare_read(namespace, consistency, deadline).await {
                 Err(ShardError::NotLeader { leader, .. }) => leader,

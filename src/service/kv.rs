@@ -138,7 +138,12 @@ impl KvApi {
     ) -> Result<(), Status> {
         let count = prepared.ack_regions as usize;
         let peers = prepared.shard.peers();
-        if count == 0 || peers.wait_covered(prepared.namespace.id, dot, count, deadline).await {
+        if count == 0 {
+            return Ok(());
+        }
+        let members = prepared.shard.store().members();
+        let id = prepared.namespace.id;
+        if peers.wait_covered(id, dot, count, &members, deadline).await {
             return Ok(());
         }
         Err(Reason::AckRegionsPending.status(
@@ -151,7 +156,7 @@ impl KvApi {
     }
 
     fn check_ack_regions(&self, count: u32) -> Result<(), Status> {
-        let others = self.gateway.topology().peers().count();
+        let others = self.gateway.topology().peers().len();
         if count as usize <= others {
             return Ok(());
         }

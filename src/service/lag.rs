@@ -22,10 +22,10 @@ pub struct Lag {
 /// # Errors
 /// If the change log cannot be read.
 pub fn lag_of(shard: &Shard, namespace: NamespaceId, peer: RegionId) -> Result<Lag, ShardError> {
-    let actor = shard.topology().actor();
+    let actor = shard.actor();
     let written = shard.frontier(namespace).get(actor);
     // A peer that has not spoken to this leader yet: what the log holds is all that can be told.
-    let acknowledged = shard.peers().of(namespace, peer).map_or_else(
+    let acknowledged = shard.peers().of(namespace, shard.actor_of(peer)).map_or_else(
         || shard.store().trimmed(namespace).get(actor),
         |frontier| frontier.get(actor),
     );

@@ -18,6 +18,7 @@ pub mod http;
 mod kv;
 mod lag;
 mod layer;
+mod membership;
 pub mod metrics;
 mod metrics_process;
 mod namespace;

@@ -239,7 +239,11 @@ impl NamespaceApi {
                 Reason::Internal.status(format!("`{address}` is no address: {error}"), &[])
             })?;
             let mut request = Request::new(internal::ChangeCatalogRequest {
-                identity: Some(link_identity(topology, home)),
+                identity: Some(link_identity(
+                    topology,
+                    self.gateway.shards().catalog_shard().own_member(),
+                    &home,
+                )),
                 change: Some(change.clone()),
             });
             let left = call.deadline.saturating_duration_since(Instant::now());

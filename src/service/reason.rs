@@ -147,6 +147,9 @@ reasons! {
     NamespaceNotFound "NAMESPACE_NOT_FOUND" NotFound Never 0
         "This region knows no namespace of that name."
         "Correct the name, create the namespace, or wait until its creation reached this region."
+    RegionInvalid "REGION_INVALID" InvalidArgument Never 0
+        "The region's name, number or addresses are not valid."
+        "Correct what the message names."
     RegionNotFound "REGION_NOT_FOUND" NotFound Never 0
         "The cluster has no region of that name."
         "Correct the name; `tombolo ctl region list` shows them all."
@@ -163,8 +166,17 @@ reasons! {
         "The caller belongs to another cluster or was configured with another region list."
         "Compare `cluster_id` and `[[regions]]` of both sides; they must be equal."
     NotCatalogHome "NOT_CATALOG_HOME" FailedPrecondition Never 0
-        "Namespaces are changed in another region, named in metadata `home`."
+        "Namespaces and new regions are changed in another region, named in metadata `home`."
         "Send the request to a node of that region."
+    RegionBusy "REGION_BUSY" FailedPrecondition Never 0
+        "Another region, named in metadata `region`, is taking over data; one region at a time."
+        "Wait until `tombolo ctl region list` shows it as active, or fence it."
+    RegionFenced "REGION_FENCED" FailedPrecondition Never 0
+        "The other regions go on without this one, and what is written here would reach nobody."
+        "Use another region; `tombolo ctl region add`, run there, takes this one back."
+    CountersWentBack "COUNTERS_WENT_BACK" FailedPrecondition Never 0
+        "This region's data is older than what it told other regions, and a write could be taken for another."
+        "Use another region; `tombolo ctl region recover`, run there, gives this one a new incarnation."
     EtagMismatch "ETAG_MISMATCH" Aborted AfterRead 0
         "The resource was changed after the caller read it."
         "Read it again, apply the change to what is there now, and send the new etag."
@@ -189,6 +201,9 @@ reasons! {
     ContextAhead "CONTEXT_AHEAD" Unavailable Anywhere 200
         "The write's context has seen versions that this region has not received yet."
         "Repeat later, or write in the region the context was read in; nothing was written."
+    RegionSeeding "REGION_SEEDING" Unavailable Anywhere 1000
+        "This region joins or is recovered, and does not have all data of the shard yet."
+        "Use another region meanwhile; `tombolo ctl region list` shows how far it is."
     RegionUnreachable "REGION_UNREACHABLE" Unavailable Anywhere 1000
         "Another region that the request needs does not answer."
         "Repeat later; requests that stay in this region are not affected."

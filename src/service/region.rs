@@ -21,6 +21,7 @@ use crate::{
     forward::{THIS_NODE_ONLY, is_set},
     gateway::{Gateway, request as forwarded},
     lag::lag_of,
+    membership::{Decision, membership},
     reason::Reason,
 };
 
@@ -153,6 +154,33 @@ impl RegionApi {
         self.gateway.on_leader(shard, call, local, elsewhere).await
     }
 
+    /// Decides on a region, here or at the leader of the catalog's shard, to which `remote` brings the
+    /// message.
+    async fn decide_on_leader<M, F>(
+        &self,
+        name: &str,
+        request: Request<M>,
+        decision: Decision,
+        remote: impl Fn(RegionServiceClient<Channel>, Request<M>) -> F,
+    ) -> Result<Option<pb::Region>, Status>
+    where
+        M: Clone,
+        F: Future<Output = Result<Option<pb::Region>, Status>>,
+    {
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        let shard = self.gateway.shards().catalog_shard();
+        let decision = &decision;
+        let local = || async move {
+            let region = self.decide(name, decision, call).await?;
+            Ok(Some(self.region(&region, &self.own_links(), 0)))
+        };
+        let elsewhere = |channel, metadata| {
+            remote(RegionServiceClient::new(channel), forwarded(message.clone(), metadata))
+        };
+        self.gateway.on_leader(shard, call, local, elsewhere).await
+    }
+
     /// Asks all other nodes of the region about themselves; names those that do not answer in time.
     async fn ask_others<M, T, F>(
         &self,
@@ -210,7 +238,22 @@ impl RegionApi {
             _ => pb::RegionState::Degraded,
         };
         let nodes = topology.nodes.len();
+        let shards = self.gateway.shards();
+        let member = if local {
+            // Whether it has all is decided here, and reaches the catalog a moment later.
+            let least = shards.iter().map(tombolo_shard::Shard::own_member).min();
+            least.unwrap_or_default()
+        } else {
+            region.said.unwrap_or_default()
+        };
+        let is_active = |shard: &&tombolo_shard::Shard| {
+            shard.own_member().state == tombolo_core::MemberState::Active
+        };
+        let shards_active = shards.iter().filter(is_active).count();
         pb::Region {
+            membership: membership(member.state).into(),
+            incarnation: member.incarnation,
+            shards_active: if local { count(shards_active) } else { 0 },
             name: region.name.clone(),
             number: u32::from(region.id.0),
             local,
@@ -239,6 +282,7 @@ fn phase(phase: LinkPhase) -> pb::LinkPhase {
     match phase {
         LinkPhase::Connecting => pb::LinkPhase::Connecting,
         LinkPhase::Streaming => pb::LinkPhase::Streaming,
+        LinkPhase::Seeding => pb::LinkPhase::Seeding,
         LinkPhase::Repairing => pb::LinkPhase::Repairing,
         LinkPhase::Paused => pb::LinkPhase::Paused,
         LinkPhase::Blocked => pb::LinkPhase::Blocked,
@@ -252,7 +296,7 @@ impl RegionService for RegionApi {
         _: Request<pb::ListRegionsRequest>,
     ) -> Result<Response<pb::ListRegionsResponse>, Status> {
         let (links, unreachable) = self.all_links().await;
-        let regions = &self.gateway.topology().regions;
+        let regions = self.gateway.topology().regions();
         let regions =
             regions.iter().map(|region| self.region(region, &links, unreachable.len())).collect();
         Ok(Response::new(pb::ListRegionsResponse { regions, unreachable }))
@@ -268,7 +312,7 @@ impl RegionService for RegionApi {
                 .status(format!("there is no region `{name}`"), &[("region", name.clone())])
         })?;
         let (links, unreachable) = self.all_links().await;
-        let region = Some(self.region(region, &links, unreachable.len()));
+        let region = Some(self.region(&region, &links, unreachable.len()));
         Ok(Response::new(pb::GetRegionResponse { region }))
     }
 
@@ -417,6 +461,100 @@ impl RegionService for RegionApi {
         }
         shards.sort_by_key(|row| row.shard);
         Ok(Response::new(pb::ListDifferencesResponse { shards, unreachable }))
+    }
+
+    async fn add_region(
+        &self,
+        request: Request<pb::AddRegionRequest>,
+    ) -> Result<Response<pb::AddRegionResponse>, Status> {
+        let pb::AddRegionRequest { name, number, link_addresses } = request.get_ref().clone();
+        let decision = Decision::Add { number, link_addresses };
+        let remote = |mut node: RegionServiceClient<Channel>, request| async move {
+            node.add_region(request).await.map(|reply| reply.into_inner().region)
+        };
+        let region = self.decide_on_leader(&name, request, decision, remote).await?;
+        Ok(Response::new(pb::AddRegionResponse { region }))
+    }
+
+    async fn fence_region(
+        &self,
+        request: Request<pb::FenceRegionRequest>,
+    ) -> Result<Response<pb::FenceRegionResponse>, Status> {
+        let name = request.get_ref().name.clone();
+        let remote = |mut node: RegionServiceClient<Channel>, request| async move {
+            node.fence_region(request).await.map(|reply| reply.into_inner().region)
+        };
+        let region = self.decide_on_leader(&name, request, Decision::Fence, remote).await?;
+        Ok(Response::new(pb::FenceRegionResponse { region }))
+    }
+
+    async fn remove_region(
+        &self,
+        request: Request<pb::RemoveRegionRequest>,
+    ) -> Result<Response<pb::RemoveRegionResponse>, Status> {
+        let name = request.get_ref().name.clone();
+        let remote = |mut node: RegionServiceClient<Channel>, request| async move {
+            node.remove_region(request).await.map(|reply| reply.into_inner().region)
+        };
+        let region = self.decide_on_leader(&name, request, Decision::Remove, remote).await?;
+        Ok(Response::new(pb::RemoveRegionResponse { region }))
+    }
+
+    async fn recover_region(
+        &self,
+        request: Request<pb::RecoverRegionRequest>,
+    ) -> Result<Response<pb::RecoverRegionResponse>, Status> {
+        let name = request.get_ref().name.clone();
+        let remote = |mut node: RegionServiceClient<Channel>, request| async move {
+            node.recover_region(request).await.map(|reply| reply.into_inner().region)
+        };
+        let region = self.decide_on_leader(&name, request, Decision::Recover, remote).await?;
+        Ok(Response::new(pb::RecoverRegionResponse { region }))
+    }
+
+    async fn list_reviews(
+        &self,
+        request: Request<pb::ListReviewsRequest>,
+    ) -> Result<Response<pb::ListReviewsResponse>, Status> {
+        let only_here = is_set(request.metadata(), THIS_NODE_ONLY);
+        let message = request.into_inner();
+        let mut reviews = self.own_reviews(message.limit).await?;
+        let mut unreachable = Vec::new();
+        if !only_here {
+            let (answers, silent) = self
+                .ask_others(PEER_TIMEOUT, &message, |mut node, request| async move {
+                    node.list_reviews(request).await
+                })
+                .await;
+            reviews.extend(answers.into_iter().flat_map(|answer| answer.reviews));
+            unreachable = silent;
+        }
+        let namespace = message.namespace;
+        reviews.retain(|row| namespace.is_empty() || row.namespace == namespace);
+        reviews.sort_by(|left, right| {
+            (&left.namespace, &left.key).cmp(&(&right.namespace, &right.key))
+        });
+        Ok(Response::new(pb::ListReviewsResponse { reviews, unreachable }))
+    }
+
+    async fn dismiss_reviews(
+        &self,
+        request: Request<pb::DismissReviewsRequest>,
+    ) -> Result<Response<pb::DismissReviewsResponse>, Status> {
+        let call = self.gateway.call(request.metadata());
+        let only_here = is_set(request.metadata(), THIS_NODE_ONLY);
+        let message = request.into_inner();
+        let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
+        self.dismiss(&namespace, &message.reviews, call).await?;
+        let mut unreachable = Vec::new();
+        if !only_here {
+            let patience = call.deadline.saturating_duration_since(Instant::now());
+            let ask = |mut node: RegionServiceClient<Channel>, request| async move {
+                node.dismiss_reviews(request).await
+            };
+            (_, unreachable) = self.ask_others(patience, &message, ask).await;
+        }
+        Ok(Response::new(pb::DismissReviewsResponse { unreachable }))
     }
 
     async fn list_at_risk(

@@ -2,7 +2,7 @@
 
 use tombolo_cluster::Topology;
 use tombolo_core::{
-    DecodeError, ShardId,
+    DecodeError, MemberState, ShardId,
     key::{KEY_BYTES_MAX, KeyError},
 };
 use tombolo_shard::ShardError;
@@ -44,6 +44,16 @@ pub(crate) fn of_shard_error(topology: &Topology, error: ShardError) -> Status {
                 &[("shard", shard.to_string()), ("events_behind", behind.to_string())],
             )
         }
+        ShardError::NotActive { shard, member } => {
+            let reason = match member.state {
+                MemberState::Joining | MemberState::Recovering => Reason::RegionSeeding,
+                MemberState::Fenced | MemberState::Removed => Reason::RegionFenced,
+                MemberState::Regressed => Reason::CountersWentBack,
+                MemberState::Active => Reason::Internal,
+            };
+            reason.status(text, &of_shard(shard))
+        }
+        ShardError::SourceOut { shard } => Reason::Internal.status(text, &of_shard(shard)),
         ShardError::DeadlineExceeded { shard } => Reason::Deadline.status(text, &of_shard(shard)),
         ShardError::Stopped { shard } => Reason::ReplicaFailed.status(text, &of_shard(shard)),
         ShardError::TooLarge { .. } => Reason::BatchTooLarge.status(text, &[]),

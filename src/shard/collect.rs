@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, time::Duration};
 use bytes::Bytes;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tombolo_core::{HybridTime, NamespaceId, RegionId, ShardId};
+use tombolo_core::{HybridTime, MemberState, NamespaceId, RegionId, ShardId, namespace::Namespace};
 
 use crate::{error::ShardError, shard::Shard, shards::Shards};
 
@@ -110,23 +110,20 @@ impl Collector {
     /// Tries all four, whatever becomes of the others, and answers the first error.
     async fn collect(&mut self, shard: &Shard, horizon: HybridTime) -> Result<(), ShardError> {
         let trimmed = self.trim_change_log(shard).await;
-        let collected = self.collect_tombstones(shard).await;
         let forgotten = self.forget_requests(shard, horizon).await;
+        if shard.own_member().state != MemberState::Active {
+            // It may lack what its former life wrote, and must not conclude anything from that.
+            return trimmed.and(forgotten);
+        }
+        let collected = self.collect_tombstones(shard).await;
         let expired = self.expire_values(shard).await;
         trimmed.and(collected).and(forgotten).and(expired)
     }
 
     async fn expire_values(&self, shard: &Shard) -> Result<(), ShardError> {
-        let region = self.shards.topology().region;
         for namespace in self.shards.catalog().current().iter() {
-            for _ in 0..COMMANDS_PER_LOOK {
-                let (store, id, now) = (shard.store().clone(), namespace.id, shard.clock().now());
-                let search = move || store.expired_values(id, region, now, VALUES_PER_COMMAND);
-                let expired = blocking(search).await?;
-                if expired.is_empty() {
-                    break;
-                }
-                shard.expire(namespace, expired, Instant::now() + PROPOSAL_TIMEOUT).await?;
+            for region in expires_for(shard) {
+                expire_values_of(shard, namespace, region).await?;
             }
         }
         Ok(())
@@ -135,7 +132,7 @@ impl Collector {
     /// Goes on where the last look ended, so that many that must stay do not hide those behind.
     async fn collect_tombstones(&mut self, shard: &Shard) -> Result<(), ShardError> {
         for namespace in shard.store().tombstone_counts().into_keys() {
-            let stable = shard.stable_for_tombstones(namespace);
+            let (stable, members) = shard.stable_for_tombstones(namespace);
             let start = self.tombstones_from.entry((shard.id(), namespace)).or_default();
             for _ in 0..COMMANDS_PER_LOOK {
                 let (store, from) = (shard.store().clone(), start.clone());
@@ -154,7 +151,8 @@ impl Collector {
                     .collect();
                 if !keys.is_empty() {
                     let deadline = Instant::now() + PROPOSAL_TIMEOUT;
-                    shard.collect(namespace, stable.clone(), keys, deadline).await?;
+                    let (stable, members) = (stable.clone(), members.clone());
+                    shard.collect(namespace, stable, members, keys, deadline).await?;
                 }
             }
         }
@@ -163,10 +161,8 @@ impl Collector {
 
     /// Trims what every region has, and beyond that what exceeds the budget.
     async fn trim_change_log(&self, shard: &Shard) -> Result<(), ShardError> {
-        let topology = self.shards.topology();
-        let peers: Vec<RegionId> = topology.peers().map(|region| region.id).collect();
-        for (namespace, frontier) in shard.store().frontiers() {
-            let stable = shard.peers().stable(namespace, &frontier, peers.iter().copied());
+        for namespace in shard.store().frontiers().into_keys() {
+            let stable = shard.acknowledged_by_all(namespace);
             let (store, budget) = (shard.store().clone(), self.config.change_log_bytes);
             let over = blocking(move || store.over_budget(namespace, budget)).await?;
             let mut upto = stable.clone();
@@ -199,6 +195,36 @@ impl Collector {
         }
         Ok(())
     }
+}
+
+/// The regions whose values this region deletes when they have expired: its own, and those of regions
+/// that are shut out, if it is the first of those that remain. More than one would do no harm.
+fn expires_for(shard: &Shard) -> Vec<RegionId> {
+    let (topology, members) = (shard.topology(), shard.store().members());
+    let is_out = |region: RegionId| members.get(region).state.is_out();
+    let regions = topology.regions();
+    let first = regions.iter().map(|region| region.id).find(|&region| !is_out(region));
+    let is_first = first == Some(topology.region);
+    let others =
+        regions.iter().map(|region| region.id).filter(|&region| is_first && is_out(region));
+    std::iter::once(topology.region).chain(others).collect()
+}
+
+async fn expire_values_of(
+    shard: &Shard,
+    namespace: &Namespace,
+    region: RegionId,
+) -> Result<(), ShardError> {
+    for _ in 0..COMMANDS_PER_LOOK {
+        let (store, id, now) = (shard.store().clone(), namespace.id, shard.clock().now());
+        let search = move || store.expired_values(id, region, now, VALUES_PER_COMMAND);
+        let expired = blocking(search).await?;
+        if expired.is_empty() {
+            break;
+        }
+        shard.expire(namespace, expired, Instant::now() + PROPOSAL_TIMEOUT).await?;
+    }
+    Ok(())
 }
 
 /// Reads the store on a thread that may wait for the disk.

@@ -1,7 +1,7 @@
 //! Why a shard did not do what was asked. Each variant asks the caller for one action.
 
 use tombolo_consensus::{ProposeError, ReadError};
-use tombolo_core::{DecodeError, NodeId, ShardId, VersionVector};
+use tombolo_core::{DecodeError, Member, MemberState, NodeId, ShardId, VersionVector};
 use tombolo_storage::StorageError;
 
 /// Why a shard did not do what was asked.
@@ -86,6 +86,26 @@ pub enum ShardError {
         /// What the replicas would have said.
         error: DecodeError,
     },
+    /// This region takes no writes, or does not have all data yet. Nothing was done.
+    #[error(
+        "shard {shard} of this region is {}, in incarnation {}",
+        describe(member.state),
+        member.incarnation
+    )]
+    NotActive {
+        /// The shard.
+        shard: ShardId,
+        /// What this shard knows of its region.
+        member: Member,
+    },
+    /// The region that something came from is shut out, or in another incarnation. Nothing was done.
+    #[error(
+        "what came to shard {shard} is from a region that is shut out, or a former life of one"
+    )]
+    SourceOut {
+        /// The shard.
+        shard: ShardId,
+    },
     /// This replica has stopped.
     #[error("the replica of shard {shard} on this node has stopped")]
     Stopped {
@@ -95,6 +115,18 @@ pub enum ShardError {
     /// The replica's data cannot be read.
     #[error("the replica's data cannot be read")]
     Storage(#[from] StorageError),
+}
+
+/// A region's state, as part of a sentence.
+const fn describe(state: MemberState) -> &'static str {
+    match state {
+        MemberState::Joining => "being seeded",
+        MemberState::Recovering => "being recovered",
+        MemberState::Active => "active",
+        MemberState::Regressed => "behind what it has told other regions",
+        MemberState::Fenced => "fenced: the other regions go on without it",
+        MemberState::Removed => "removed",
+    }
 }
 
 impl ShardError {

@@ -28,10 +28,10 @@ impl Shard {
     /// # Errors
     /// If the change log cannot be read.
     pub fn at_risk(&self, namespace: NamespaceId) -> Result<AtRisk, ShardError> {
-        let actor = self.topology().actor();
+        let actor = self.actor();
         let (mut safe_seq, mut unheard) = (0, Vec::new());
         for peer in self.topology().peers() {
-            match self.peers().of(namespace, peer.id) {
+            match self.peers().of(namespace, self.actor_of(peer.id)) {
                 Some(acknowledged) => safe_seq = safe_seq.max(acknowledged.get(actor)),
                 None => unheard.push(peer.id),
             }

@@ -3,10 +3,13 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 use tombolo_cluster::Topology;
 use tombolo_consensus::Group;
-use tombolo_core::{NamespaceId, NodeId, RegionId, ShardId, VersionVector, stability};
+use tombolo_core::{
+    Actor, Member, MemberState, Members, NamespaceId, NodeId, RegionId, ShardId, VersionVector,
+    stability,
+};
 use tombolo_storage::ShardStore;
 
 use crate::{clock::Clock, error::ShardError, headroom::Headroom, peers::PeerFrontiers};
@@ -36,6 +39,9 @@ pub(crate) struct Inner {
     pub(crate) headroom: Arc<Headroom>,
     pub(crate) topology: Arc<Topology>,
     pub(crate) peers: PeerFrontiers,
+    /// Regions that said since this process began what they have of this region's writes.
+    heard: watch::Sender<BTreeSet<RegionId>>,
+    began: Instant,
     /// When the last confirmed read barrier was asked for.
     pub(crate) last_barrier: Mutex<Option<Instant>>,
 }
@@ -52,7 +58,19 @@ impl Shard {
     ) -> Self {
         let peers = PeerFrontiers::default();
         let last_barrier = Mutex::new(None);
-        let inner = Inner { id, group, store, clock, headroom, topology, peers, last_barrier };
+        let (heard, began) = (watch::Sender::default(), Instant::now());
+        let inner = Inner {
+            id,
+            group,
+            store,
+            clock,
+            headroom,
+            topology,
+            peers,
+            heard,
+            began,
+            last_barrier,
+        };
         Self { inner: Arc::new(inner) }
     }
 
@@ -101,13 +119,103 @@ impl Shard {
         self.inner.store.frontier(namespace)
     }
 
-    /// What every region has applied, such that nothing that has not seen it can still come from
-    /// any of them: tombstones that it covers may go. Only meaningful on the leader.
-    pub fn stable_for_tombstones(&self, namespace: NamespaceId) -> VersionVector {
-        let local = self.frontier(namespace);
+    /// A region in its present life, as this shard knows it.
+    pub fn actor_of(&self, region: RegionId) -> Actor {
+        self.inner.store.members().actor(region)
+    }
+
+    /// What this region's writes carry.
+    pub fn actor(&self) -> Actor {
+        self.actor_of(self.inner.topology.region)
+    }
+
+    /// What this shard knows of its own region.
+    pub fn own_member(&self) -> Member {
+        let Topology { region, joins, .. } = *self.inner.topology;
+        match self.inner.store.members().said(region) {
+            Some(said) => said,
+            None if joins && self.inner.store.frontiers().is_empty() => {
+                Member { state: MemberState::Joining, ..Member::default() }
+            }
+            None => Member::default(),
+        }
+    }
+
+    /// Refuses while this region is still taking over what the others have: what is here is no
+    /// answer to anybody's question.
+    ///
+    /// # Errors
+    /// [`ShardError::NotActive`].
+    pub fn check_whole(&self) -> Result<(), ShardError> {
+        let member = self.own_member();
+        if member.state.is_joining() {
+            return Err(ShardError::NotActive { shard: self.inner.id, member });
+        }
+        Ok(())
+    }
+
+    /// A region said what it has of this region's writes, and this shard has drawn its conclusions.
+    pub fn hear_from(&self, region: RegionId) {
+        self.inner.heard.send_if_modified(|heard| heard.insert(region));
+    }
+
+    /// Waits until every other region has been heard since this process began, but only in its first
+    /// moments: whoever was started with an old copy of its data must not use an identity twice.
+    ///
+    /// Cancellation safe: it only looks.
+    pub(crate) async fn wait_heard(&self, deadline: Instant) {
+        let until = deadline.min(self.inner.began + HEAR_TIMEOUT);
+        if Instant::now() >= until {
+            return;
+        }
+        let members = self.inner.store.members();
         let peers = self.inner.topology.peers();
-        let settled = peers.map(|peer| self.inner.peers.settled(namespace, peer.id, &local));
-        stability::collectable(&local, settled)
+        let asked: Vec<RegionId> = peers
+            .into_iter()
+            .map(|peer| peer.id)
+            .filter(|&peer| !members.get(peer).state.is_out())
+            .collect();
+        let mut heard = self.inner.heard.subscribe();
+        let all = heard.wait_for(|heard| asked.iter().all(|region| heard.contains(region)));
+        // One that does not answer holds nothing up.
+        let _ = tokio::time::timeout_at(until, all).await;
+    }
+
+    /// Whose word counts before anything of a namespace is forgotten.
+    fn counted(
+        &self,
+        namespace: NamespaceId,
+        members: &Members,
+        local: &VersionVector,
+    ) -> Vec<Actor> {
+        let topology = &self.inner.topology;
+        let listed = topology.regions();
+        let all: BTreeSet<RegionId> = listed
+            .iter()
+            .map(|region| region.id)
+            .chain(members.iter().map(|(region, _)| region))
+            .filter(|&region| region != topology.region)
+            .collect();
+        self.inner.peers.counted(namespace, all, members, local)
+    }
+
+    /// What every region has acknowledged of a namespace. Empty while one of them has not spoken to
+    /// this leader.
+    pub(crate) fn acknowledged_by_all(&self, namespace: NamespaceId) -> VersionVector {
+        let (local, members) = self.inner.store.frontier_and_members(namespace);
+        let counted = self.counted(namespace, &members, &local);
+        self.inner.peers.stable(namespace, &local, counted)
+    }
+
+    /// What every region has applied, such that nothing that has not seen it can still come from
+    /// any of them: tombstones that it covers may go. And who was counted for that. Only meaningful
+    /// on the leader.
+    pub fn stable_for_tombstones(&self, namespace: NamespaceId) -> (VersionVector, Members) {
+        let (local, members) = self.inner.store.frontier_and_members(namespace);
+        let counted = self.counted(namespace, &members, &local);
+        let settled =
+            counted.into_iter().map(|region| self.inner.peers.settled(namespace, region, &local));
+        (stability::collectable(&local, settled), members)
     }
 
     /// The regions that keep tombstones of a namespace from going: those that have not told, or
@@ -120,14 +228,14 @@ impl Shard {
         &self,
         namespace: NamespaceId,
     ) -> Result<BTreeSet<RegionId>, ShardError> {
-        let local = self.frontier(namespace);
+        let (local, members) = self.inner.store.frontier_and_members(namespace);
         let found = self.inner.store.tombstones(namespace, &[], TOMBSTONES_LOOKED_AT)?;
-        let settled = |peer| self.inner.peers.settled(namespace, peer, &local);
-        let blocks = |peer: &RegionId| {
-            let settled = settled(*peer);
+        let blocks = |region: &Actor| {
+            let settled = self.inner.peers.settled(namespace, *region, &local);
             found.iter().any(|(_, record)| !settled.covers_all(record.context()))
         };
-        Ok(self.inner.topology.peers().map(|peer| peer.id).filter(blocks).collect())
+        let counted = self.counted(namespace, &members, &local);
+        Ok(counted.into_iter().filter(blocks).map(|region| region.region).collect())
     }
 
     /// Waits until this replica has applied all of `needed`.
@@ -173,5 +281,7 @@ impl Shard {
 }
 
 const TOMBSTONES_LOOKED_AT: usize = 1000;
+/// How long after its start a node waits for other regions before it takes writes.
+const HEAR_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a write that must wait for another region's changes waits between looks.
 pub(crate) const RETRY_PAUSE: Duration = Duration::from_millis(20);

@@ -1,11 +1,14 @@
 //! All shards of a node, and the catalog that one of them feeds.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
+use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use tombolo_cluster::{Catalog, Namespaces, Topology};
-use tombolo_core::{NamespaceId, ShardId, namespace::Namespace};
+use tombolo_core::{
+    DecodeError, HybridTime, NamespaceId, ShardId, namespace::Namespace, region::RegionEntry,
+};
 use tombolo_storage::ScanRange;
 
 use crate::{clock::Clock, error::ShardError, shard::Shard};
@@ -74,27 +77,12 @@ impl Shards {
         let _reading = self.reading_catalog.lock();
         let shard = self.catalog_shard();
         let now = shard.clock().now();
-        let mut found = Vec::new();
-        let mut start = Namespace::first_catalog_key();
-        loop {
-            let range =
-                ScanRange { start, end: Some(Namespace::end_catalog_key()), reverse: false };
-            let page =
-                shard.scan(NamespaceId::CATALOG, &range, CATALOG_PAGE_KEYS, CATALOG_PAGE_BYTES)?;
-            for (key, record) in page.records {
-                for (_, data) in record.live_at(now) {
-                    match Namespace::from_bytes(data.clone()) {
-                        Ok(namespace) => found.push(namespace),
-                        Err(error) => tracing::error!(?key, %error, "catalog entry skipped"),
-                    }
-                }
-            }
-            match page.next {
-                Some(next) => start = next,
-                None => break,
-            }
-        }
-        self.catalog.publish(Namespaces::new(found));
+        let namespaces = Namespace::first_catalog_key()..Namespace::end_catalog_key();
+        let namespaces = read_catalog(shard, namespaces, now, Namespace::from_bytes)?;
+        let regions = RegionEntry::first_catalog_key()..RegionEntry::end_catalog_key();
+        let regions = read_catalog(shard, regions, now, RegionEntry::from_bytes)?;
+        self.topology.regions.learn(regions);
+        self.catalog.publish(Namespaces::new(namespaces));
         Ok(())
     }
 
@@ -117,6 +105,34 @@ impl Shards {
                 () = shutdown.cancelled() => return,
                 changed = applied.changed() => if changed.is_err() { return },
             }
+        }
+    }
+}
+
+/// What the catalog has in a range of keys.
+fn read_catalog<T>(
+    shard: &Shard,
+    keys: Range<Bytes>,
+    now: HybridTime,
+    decode: impl Fn(Bytes) -> Result<T, DecodeError>,
+) -> Result<Vec<T>, ShardError> {
+    let mut found = Vec::new();
+    let mut start = keys.start;
+    loop {
+        let range = ScanRange { start, end: Some(keys.end.clone()), reverse: false };
+        let page =
+            shard.scan(NamespaceId::CATALOG, &range, CATALOG_PAGE_KEYS, CATALOG_PAGE_BYTES)?;
+        for (key, record) in page.records {
+            for (_, data) in record.live_at(now) {
+                match decode(data.clone()) {
+                    Ok(entry) => found.push(entry),
+                    Err(error) => tracing::error!(?key, %error, "catalog entry skipped"),
+                }
+            }
+        }
+        match page.next {
+            Some(next) => start = next,
+            None => return Ok(found),
         }
     }
 }

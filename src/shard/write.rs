@@ -1,14 +1,15 @@
 //! Writing: stamp, propose, wait.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use bytes::Bytes;
 use tokio::time::Instant;
 use tombolo_core::{
-    Change, Command, Content, Dot, NamespaceId, Outcome, RegionId, RequestId, VersionVector,
+    Actor, Change, Command, Content, Dot, Member, MemberState, Members, NamespaceId, Outcome,
+    RegionId, RequestId, VersionVector,
     command::{
-        Advance, Check, Collect, Expire, FailedCheck, Ingest, Ingested, LinkSetting, Merge, Merged,
-        Operation, Trim, Write, Written,
+        Advance, Check, Collect, Expire, FailedCheck, ForgetReviewed, Ingest, Ingested,
+        LinkSetting, Merge, Merged, Operation, StartOver, Trim, Write, Written,
     },
     namespace::Namespace,
 };
@@ -73,11 +74,13 @@ impl Shard {
         request: WriteRequest,
         deadline: Instant,
     ) -> Result<WriteReply, ShardError> {
+        self.check_whole()?;
+        self.wait_heard(deadline).await;
         self.check_headroom(&request)?;
         let mut write = Write {
             namespace: request.namespace.id,
             rule: request.namespace.rule,
-            actor: self.inner.topology.actor(),
+            actor: self.actor(),
             time: self.inner.clock.stamp(),
             request: request.request,
             checks: request.checks,
@@ -102,12 +105,22 @@ impl Shard {
                     write.time = self.inner.clock.stamp();
                     continue;
                 }
+                Outcome::NotActive(member) => {
+                    self.check_active(member)?;
+                    // It came back in a new incarnation a moment ago.
+                    write.actor.incarnation = member.incarnation;
+                    continue;
+                }
+                Outcome::OwnChangeUnknown => {
+                    let member = Member { state: MemberState::Regressed, ..self.own_member() };
+                    return Err(ShardError::NotActive { shard: self.inner.id, member });
+                }
                 Outcome::Ingested(_)
                 | Outcome::Collected(_)
                 | Outcome::Expired(_)
                 | Outcome::Merged(_)
                 | Outcome::Advanced(_)
-                | Outcome::OwnChangeUnknown
+                | Outcome::SourceOut
                 | Outcome::Moved
                 | Outcome::Done => return Err(self.unexpected("a write", &outcome)),
             };
@@ -115,13 +128,14 @@ impl Shard {
         }
     }
 
-    /// Applies changes of other regions, in causal order.
+    /// Applies changes that `source` sent, in causal order.
     ///
     /// # Errors
     /// See [`ShardError`]. Repeating is always safe: what is applied already is skipped.
     pub async fn ingest(
         &self,
         namespace: &Namespace,
+        source: Actor,
         changes: Vec<Change>,
         deadline: Instant,
     ) -> Result<Ingested, ShardError> {
@@ -140,7 +154,8 @@ impl Shard {
         let ingest = Ingest {
             namespace: namespace.id,
             rule: namespace.rule,
-            local: self.inner.topology.actor(),
+            local: self.actor(),
+            source,
             changes,
         };
         match self.propose(&Command::Ingest(ingest), deadline).await? {
@@ -162,29 +177,31 @@ impl Shard {
         match self.propose(&Command::Merge(merge), deadline).await? {
             (Outcome::Merged(merged), _) => Ok(Some(merged)),
             (Outcome::Moved, _) => Ok(None),
+            (Outcome::SourceOut, _) => Err(ShardError::SourceOut { shard: self.inner.id }),
             (outcome, _) => Err(self.unexpected("a merge", &outcome)),
         }
     }
 
     /// Ends a repair: moves the frontier to `cut`, of which all that was not here is merged since
-    /// this region had applied `since`.
+    /// this region, in that life, had applied `since`.
     ///
     /// # Errors
     /// See [`ShardError`]. Repeating is always safe.
     pub async fn advance(
         &self,
         namespace: NamespaceId,
+        (local, source): (Actor, Actor),
         since: VersionVector,
         cut: VersionVector,
         ahead: VersionVector,
         deadline: Instant,
     ) -> Result<Advanced, ShardError> {
-        let local = self.inner.topology.actor();
-        let command = Command::Advance(Advance { namespace, local, since, cut, ahead });
+        let command = Command::Advance(Advance { namespace, local, source, since, cut, ahead });
         match self.propose(&command, deadline).await? {
             (Outcome::Advanced(_), _) => Ok(Advanced::Done),
             (Outcome::Moved, _) => Ok(Advanced::Moved),
             (Outcome::OwnChangeUnknown, _) => Ok(Advanced::OwnChangeUnknown),
+            (Outcome::SourceOut, _) => Err(ShardError::SourceOut { shard: self.inner.id }),
             (outcome, _) => Err(self.unexpected("the end of a repair", &outcome)),
         }
     }
@@ -200,15 +217,17 @@ impl Shard {
         self.propose(&command, deadline).await.map(|_| ())
     }
 
-    /// Drops the tombstones of `keys` that `stable` covers.
+    /// Drops the tombstones of `keys` that `stable` covers, unless others than `members` must be counted
+    /// by now.
     pub(crate) async fn collect(
         &self,
         namespace: NamespaceId,
         stable: VersionVector,
+        members: Members,
         keys: Vec<Bytes>,
         deadline: Instant,
     ) -> Result<(), ShardError> {
-        let command = Command::Collect(Collect { namespace, stable, keys });
+        let command = Command::Collect(Collect { namespace, stable, members, keys });
         self.propose(&command, deadline).await.map(|_| ())
     }
 
@@ -222,7 +241,7 @@ impl Shard {
         let expire = Expire {
             namespace: namespace.id,
             rule: namespace.rule,
-            actor: self.inner.topology.actor(),
+            actor: self.actor(),
             time: self.inner.clock.stamp(),
             values,
         };
@@ -243,6 +262,67 @@ impl Shard {
         self.propose(&Command::SetLink(peer, setting), deadline).await.map(|_| ())
     }
 
+    /// Teaches this shard of a region.
+    ///
+    /// # Errors
+    /// See [`ShardError`]. Repeating is harmless.
+    pub async fn set_member(
+        &self,
+        region: RegionId,
+        member: Member,
+        deadline: Instant,
+    ) -> Result<(), ShardError> {
+        self.learn([(region, member)].into_iter().collect(), deadline).await
+    }
+
+    /// Teaches this shard of regions, all at once.
+    ///
+    /// # Errors
+    /// See [`ShardError`]. Repeating is harmless.
+    pub async fn learn(&self, members: Members, deadline: Instant) -> Result<(), ShardError> {
+        for (region, member) in members.iter() {
+            tracing::info!(
+                shard = %self.inner.id,
+                region = %self.inner.topology.region_name(region),
+                incarnation = member.incarnation,
+                state = ?member.state,
+                "learns of a region"
+            );
+        }
+        self.propose(&Command::Learn(members), deadline).await.map(|_| ())
+    }
+
+    /// Drops all data of this shard and begins in a new incarnation. Values that this region wrote and
+    /// `known` does not cover are kept for review.
+    ///
+    /// # Errors
+    /// See [`ShardError`]. Repeating is harmless: an incarnation begins once.
+    pub async fn start_over(
+        &self,
+        incarnation: u32,
+        known: BTreeMap<NamespaceId, VersionVector>,
+        deadline: Instant,
+    ) -> Result<(), ShardError> {
+        let local = Actor { incarnation, ..self.actor() };
+        tracing::warn!(shard = %self.inner.id, incarnation, "drops its data and begins anew");
+        let command = Command::StartOver(StartOver { local, known });
+        self.propose(&command, deadline).await.map(|_| ())
+    }
+
+    /// Forgets values that were kept for review.
+    ///
+    /// # Errors
+    /// See [`ShardError`]. Repeating is harmless.
+    pub async fn forget_reviewed(
+        &self,
+        namespace: NamespaceId,
+        writes: Vec<(Bytes, Dot)>,
+        deadline: Instant,
+    ) -> Result<(), ShardError> {
+        let command = Command::ForgetReviewed(ForgetReviewed { namespace, writes });
+        self.propose(&command, deadline).await.map(|_| ())
+    }
+
     /// Forgets the outcomes of old requests.
     pub(crate) async fn forget(
         &self,
@@ -250,6 +330,13 @@ impl Shard {
         deadline: Instant,
     ) -> Result<(), ShardError> {
         self.propose(&Command::ForgetRequests(requests), deadline).await.map(|_| ())
+    }
+
+    fn check_active(&self, member: Member) -> Result<(), ShardError> {
+        if member.state == MemberState::Active {
+            return Ok(());
+        }
+        Err(ShardError::NotActive { shard: self.inner.id, member })
     }
 
     /// Refuses what adds data while this leader's disk is nearly full. A repeat of a request that

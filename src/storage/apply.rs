@@ -12,11 +12,14 @@ use std::{cell::RefCell, collections::BTreeMap};
 use bytes::Bytes;
 use rocksdb::{WriteBatch, WriteOptions};
 use tombolo_core::{
-    Actor, Change, Content, NamespaceId, Outcome, Record, RegionId, RequestId, ShardState,
+    Actor, Change, Content, Dot, NamespaceId, Outcome, Record, RegionId, RequestId, ShardState,
     VersionVector,
+    codec::Writer,
     command::{LinkSetting, Remembered},
     decode_batch, execute,
+    execute::to_review,
     ledger::LedgerEntry,
+    members::Members,
     merkle,
     record::Sibling,
 };
@@ -24,8 +27,10 @@ use tombolo_core::{
 use crate::{
     Position, ShardStore, StorageError,
     changes::{HEADER_BYTES, encode_header},
-    layout::{Expiring, Keys, Meta, TreeKey, ledger_id},
-    shard::{Applying, Shard, encode_links, encode_membership, encode_vector},
+    layout::{Expiring, Keys, Kind, Meta, TreeKey, ledger_id},
+    shard::{
+        Applying, Shard, View, encode_links, encode_members, encode_membership, encode_vector,
+    },
     tree::{Gathered, LeafChanges, encode_block, encode_changes},
 };
 
@@ -48,6 +53,9 @@ pub enum ApplyPayload {
     /// Commands, as `core::encode_batch` packs them.
     Commands(Bytes),
 }
+
+/// Format of a value that is kept for review: version, then the sibling.
+pub(crate) const REVIEW_VERSION: u8 = 1;
 
 impl ShardStore {
     /// Executes a run of entries. Answers, for each entry, the outcome of each command; skipped
@@ -184,6 +192,9 @@ struct Run<'a> {
     trimmed: BTreeMap<NamespaceId, VersionVector>,
     ahead: BTreeMap<NamespaceId, VersionVector>,
     links: Option<BTreeMap<RegionId, LinkSetting>>,
+    members: Option<Members>,
+    /// The run dropped all data: what the store still has does not count.
+    started_over: bool,
     /// Results that were remembered (`None`: forgotten) in this run.
     requests: BTreeMap<RequestId, Option<Bytes>>,
     /// The changes that were appended in this run.
@@ -237,6 +248,8 @@ impl<'a> Run<'a> {
             trimmed: BTreeMap::new(),
             ahead: BTreeMap::new(),
             links: None,
+            members: None,
+            started_over: false,
             requests: BTreeMap::new(),
             appended: BTreeMap::new(),
             membership: None,
@@ -321,6 +334,9 @@ impl<'a> Run<'a> {
         if let Some(links) = &self.links {
             self.batch.put(self.keys.meta(Meta::Links), encode_links(links));
         }
+        if let Some(members) = &self.members {
+            self.batch.put(self.keys.meta(Meta::Members), encode_members(members));
+        }
         if let Some((position, membership)) = &self.membership {
             let value = encode_membership(*position, membership);
             self.batch.put(self.keys.meta(Meta::Membership), value);
@@ -332,9 +348,15 @@ impl<'a> Run<'a> {
         written.map_err(|error| shard.engine_error(&error))?;
         shard.engine.counters.add_run(entries, bytes);
 
-        let moved = !self.frontiers.is_empty();
+        let moved = !self.frontiers.is_empty() || self.started_over;
+        let learnt = self.members.clone();
         {
             let mut view = shard.view.write();
+            if self.started_over {
+                view.forget_data();
+                self.applying.gathered.clear();
+                self.applying.log_ends.clear();
+            }
             view.applied = Some(last);
             if self.membership.is_some() {
                 view.membership = self.membership;
@@ -362,6 +384,15 @@ impl<'a> Run<'a> {
             if let Some(links) = self.links {
                 view.links = links;
             }
+            if let Some(members) = self.members {
+                view.members = members;
+            }
+        }
+        if self.started_over {
+            (self.applying.marks, self.applying.marks_max) = shard.load_marks()?;
+        }
+        if let Some(members) = learnt {
+            shard.members.send_replace(members);
         }
         shard.applied.send_replace(last.index);
         if moved {
@@ -431,16 +462,18 @@ impl<'a> Run<'a> {
     /// Writes the leaves that changed, or, when much has gathered, the blocks that they are in.
     fn write_trees(&mut self, leaves: &BTreeMap<NamespaceId, LeafChanges>, index: u64) {
         for (&namespace, changes) in leaves {
-            let gathered = self.applying.gathered.entry(namespace).or_default();
+            let gathered = match self.applying.gathered.get(&namespace) {
+                Some(gathered) if !self.started_over => gathered.clone(),
+                Some(_) | None => Gathered::default(),
+            };
             if !gathered.is_much_with(changes) {
                 let key = self.keys.tree(TreeKey::Changes(namespace, index));
                 self.batch.put(key, encode_changes(changes));
                 continue;
             }
-            let mut gathered = gathered.clone();
+            let mut gathered = gathered;
             gathered.add(changes);
-            let mut tree =
-                self.shard.view.read().trees.get(&namespace).cloned().unwrap_or_default();
+            let mut tree = self.held(|view| view.trees.get(&namespace).cloned());
             changes.iter().for_each(|&(leaf, change)| tree.toggle(leaf, change));
             for &high in &gathered.blocks {
                 let key = self.keys.tree(TreeKey::Block(namespace, high));
@@ -487,6 +520,7 @@ impl<'a> Run<'a> {
         let log = (namespace, change.actor);
         let end = match self.applying.log_ends.get(&log) {
             Some(&end) => end,
+            None if self.started_over => 0,
             None => self.shard.log_end(namespace, change.actor)?,
         };
         let encoded = change.to_bytes();
@@ -508,7 +542,7 @@ impl<'a> Run<'a> {
     ) -> Result<(), StorageError> {
         let mut trimmed = match self.trimmed.get(&namespace) {
             Some(trimmed) => trimmed.clone(),
-            None => self.shard.view.read().trimmed.get(&namespace).cloned().unwrap_or_default(),
+            None => self.held(|view| view.trimmed.get(&namespace).cloned()),
         };
         let mut moved = false;
         for (actor, seq) in upto.iter() {
@@ -527,6 +561,66 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    /// What the store's view says, unless this run dropped it.
+    fn held<T: Default>(&self, look: impl FnOnce(&View) -> Option<T>) -> T {
+        if self.started_over {
+            return T::default();
+        }
+        look(&self.shard.view.read()).unwrap_or_default()
+    }
+
+    /// Keeps for review what must be, then drops all data: ranges, so that it costs the same however
+    /// much there is.
+    fn try_start_over(
+        &mut self,
+        region: RegionId,
+        known: &BTreeMap<NamespaceId, VersionVector>,
+    ) -> Result<(), StorageError> {
+        let mut review: Vec<(NamespaceId, Bytes, Sibling)> = Vec::new();
+        let mut keep = |namespace: NamespaceId, key: &[u8], record: &Record| {
+            let known = known.get(&namespace);
+            for held in record.siblings().iter().filter(|held| to_review(held, region, known)) {
+                review.push((namespace, Bytes::copy_from_slice(key), held.clone()));
+            }
+        };
+        if !self.started_over {
+            let is_touched = |namespace: NamespaceId, key: &[u8]| {
+                self.records.get(&namespace).is_some_and(|records| records.contains_key(key))
+            };
+            self.shard.each_record(|namespace, key, record| {
+                if !is_touched(namespace, key) {
+                    keep(namespace, key, record);
+                }
+            })?;
+        }
+        for (&namespace, records) in &self.records {
+            for (key, touched) in records {
+                touched.now.iter().for_each(|record| keep(namespace, key, record));
+            }
+        }
+        let data = self.keys.kind_start(Kind::Record).to_vec();
+        self.batch.delete_range(&data[..], self.keys.kind_end(Kind::Expiry));
+        let vectors = self.keys.vectors_start().to_vec();
+        self.batch.delete_range(&vectors[..], self.keys.vectors_end());
+        for (namespace, key, held) in review {
+            let mut writer = Writer::with_capacity(64);
+            writer.u8(REVIEW_VERSION);
+            held.encode(&mut writer);
+            let key = self.keys.review(namespace, &key, held.dot);
+            self.batch.put(key, writer.finish());
+        }
+        self.started_over = true;
+        self.applying.log_ends.clear();
+        self.records.clear();
+        self.frontiers.clear();
+        self.trimmed.clear();
+        self.ahead.clear();
+        self.requests.clear();
+        self.appended.clear();
+        self.last_read.replace(None);
+        Ok(())
+    }
+
     /// The last sequence number up to `seq` at which a change ends: changes go whole.
     fn last_whole(
         &self,
@@ -539,6 +633,9 @@ impl<'a> Run<'a> {
             .and_then(|all| all.iter().find(|it| (it.first_seq..=it.last_seq).contains(&seq)));
         if let Some(&Appended { first_seq, last_seq, .. }) = holding {
             return Ok(if last_seq == seq { seq } else { first_seq - 1 });
+        }
+        if self.started_over {
+            return Ok(seq);
         }
         match self.shard.change_at_or_before(namespace, actor, seq)? {
             Some((first, last)) if seq < last => Ok(first - 1),
@@ -553,6 +650,9 @@ impl ShardState for Run<'_> {
     fn record(&self, namespace: NamespaceId, key: &[u8]) -> Result<Option<Record>, StorageError> {
         if let Some(held) = self.records.get(&namespace).and_then(|records| records.get(key)) {
             return Ok(held.now.clone());
+        }
+        if self.started_over {
+            return Ok(None);
         }
         let record = self.shard.read_record(&mut self.read_keys.borrow_mut(), namespace, key)?;
         let stored = Stored::of(key, record.as_ref());
@@ -571,7 +671,7 @@ impl ShardState for Run<'_> {
     fn frontier(&self, namespace: NamespaceId) -> VersionVector {
         match self.frontiers.get(&namespace) {
             Some(frontier) => frontier.clone(),
-            None => self.shard.view.read().frontiers.get(&namespace).cloned().unwrap_or_default(),
+            None => self.held(|view| view.frontiers.get(&namespace).cloned()),
         }
     }
 
@@ -582,7 +682,7 @@ impl ShardState for Run<'_> {
     fn ahead(&self, namespace: NamespaceId) -> VersionVector {
         match self.ahead.get(&namespace) {
             Some(ahead) => ahead.clone(),
-            None => self.shard.view.read().ahead.get(&namespace).cloned().unwrap_or_default(),
+            None => self.held(|view| view.ahead.get(&namespace).cloned()),
         }
     }
 
@@ -595,6 +695,24 @@ impl ShardState for Run<'_> {
         links.insert(peer, setting);
     }
 
+    fn members(&self) -> Members {
+        self.members.clone().unwrap_or_else(|| self.shard.view.read().members.clone())
+    }
+
+    fn set_members(&mut self, members: Members) {
+        self.members = Some(members);
+    }
+
+    fn start_over(&mut self, region: RegionId, known: &BTreeMap<NamespaceId, VersionVector>) {
+        if let Err(error) = self.try_start_over(region, known) {
+            self.failure.get_or_insert(error);
+        }
+    }
+
+    fn forget_reviewed(&mut self, namespace: NamespaceId, key: &Bytes, dot: Dot) {
+        self.batch.delete(self.keys.review(namespace, key, dot));
+    }
+
     fn logged(
         &self,
         namespace: NamespaceId,
@@ -604,13 +722,16 @@ impl ShardState for Run<'_> {
         // Trimmed in this run or an earlier one: how entries are grouped must make no difference.
         let is_gone = |trimmed: &VersionVector| first_seq <= trimmed.get(actor);
         let gone_here = self.trimmed.get(&namespace).is_some_and(is_gone);
-        if gone_here || self.shard.view.read().trimmed.get(&namespace).is_some_and(is_gone) {
+        let gone_before =
+            || self.held(|view| Some(view.trimmed.get(&namespace).is_some_and(is_gone)));
+        if gone_here || gone_before() {
             return Ok(None);
         }
         let appended = self.appended.get(&(namespace, actor));
         let here = appended.and_then(|all| all.iter().find(|it| it.first_seq == first_seq));
         match here {
             Some(appended) => Ok(Some(appended.encoded.clone())),
+            None if self.started_over => Ok(None),
             None => self.shard.logged(namespace, actor, first_seq),
         }
     }
@@ -636,6 +757,7 @@ impl ShardState for Run<'_> {
         let stored = match self.requests.get(&request) {
             Some(None) => return Ok(None),
             Some(Some(stored)) => stored.clone(),
+            None if self.started_over => return Ok(None),
             None => {
                 let mark = self.applying.marks.get(&request.client);
                 if mark.is_none_or(|&mark| mark < request.number) {

@@ -8,6 +8,7 @@ use rocksdb::{DBRawIterator, ReadOptions, Snapshot};
 use tombolo_core::{
     NamespaceId, Record, VersionVector,
     ledger::LedgerEntry,
+    members::Members,
     merkle::{self, Tree},
 };
 
@@ -24,6 +25,7 @@ pub struct Cut<'a> {
     namespace: NamespaceId,
     frontier: VersionVector,
     ahead: VersionVector,
+    members: Members,
     tree: Tree,
 }
 
@@ -41,6 +43,7 @@ impl ShardStore {
             namespace,
             frontier: view.frontiers.get(&namespace).cloned().unwrap_or_default(),
             ahead: view.ahead.get(&namespace).cloned().unwrap_or_default(),
+            members: view.members.clone(),
             tree: view.trees.get(&namespace).cloned().unwrap_or_default(),
         }
     }
@@ -55,6 +58,11 @@ impl Cut<'_> {
     /// Up to where records may be ahead of the frontier.
     pub fn ahead(&self) -> &VersionVector {
         &self.ahead
+    }
+
+    /// What the shard knew of the regions.
+    pub fn members(&self) -> &Members {
+        &self.members
     }
 
     /// The Merkle tree over the records.

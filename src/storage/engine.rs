@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// The layout and value formats that this version writes.
-pub const FORMAT_VERSION: u32 = 2;
+pub const FORMAT_VERSION: u32 = 3;
 
 const OPEN_FILES_MAX: i32 = 256;
 const BLOCK_BYTES: usize = 8 << 10;
@@ -299,7 +299,7 @@ fn check_format(db: &DB, dir: &Path) -> Result<(), StorageError> {
         return match found {
             FORMAT_VERSION => Ok(()),
             0 => Err(corrupt("the format version is 0")),
-            1 => {
+            1..FORMAT_VERSION => {
                 Err(StorageError::OlderFormat { dir: dir.to_owned(), found, known: FORMAT_VERSION })
             }
             _ => {

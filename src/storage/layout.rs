@@ -14,6 +14,7 @@
 //! | 7 tree | namespace u32, then 0 and a leaf's high byte, or 1 and a log index u64 | see `tree.rs` |
 //! | 9 expiry | namespace u32, region u16, time u64, incarnation u32, seq u64, the user's key | nothing: values of a region's writes, by the time at which they expire |
 //! | 8 tombstone | namespace u32, the user's key | `core::Record` without a value |
+//! | 10 review | namespace u32, region u16, incarnation u32, seq u64, the user's key | `core::record::Sibling`: a value that was not taken along when the region started over |
 //!
 //! Keys of the whole store start with `0xffff`, which is no shard. `docs/format.md` describes
 //! the values.
@@ -53,6 +54,8 @@ pub(crate) enum Kind {
     Tombstone = 8,
     /// Values that expire, by time.
     Expiry = 9,
+    /// Values that only this region had when it started over. No data: people look at them.
+    Review = 10,
 }
 
 /// Facts about a shard.
@@ -70,6 +73,8 @@ pub(crate) enum Meta {
     Ahead(NamespaceId),
     /// How this region pulls from others.
     Links,
+    /// What is known of the regions.
+    Members,
 }
 
 impl Meta {
@@ -80,6 +85,7 @@ impl Meta {
             [1] => Some(Self::Applied),
             [2] => Some(Self::Membership),
             [6] => Some(Self::Links),
+            [7] => Some(Self::Members),
             [3, rest @ ..] => Some(Self::Frontier(namespace(rest)?)),
             [4, rest @ ..] => Some(Self::Trimmed(namespace(rest)?)),
             [5, rest @ ..] => Some(Self::Ahead(namespace(rest)?)),
@@ -117,6 +123,7 @@ impl Keys {
             Meta::Applied => (1, None),
             Meta::Membership => (2, None),
             Meta::Links => (6, None),
+            Meta::Members => (7, None),
             Meta::Frontier(namespace) => (3, Some(namespace)),
             Meta::Trimmed(namespace) => (4, Some(namespace)),
             Meta::Ahead(namespace) => (5, Some(namespace)),
@@ -143,6 +150,31 @@ impl Keys {
     /// Names `key` in the hash index.
     pub(crate) fn hash(&mut self, namespace: NamespaceId, key: &[u8]) -> &[u8] {
         self.in_namespace(Kind::Hash, namespace, &merkle::place_of(key).to_be_bytes());
+        self.buffer.extend_from_slice(key);
+        &self.buffer
+    }
+
+    /// Where vectors of namespaces begin among the facts about a shard.
+    pub(crate) fn vectors_start(&mut self) -> &[u8] {
+        self.meta_start(3)
+    }
+
+    /// The key after the last of them.
+    pub(crate) fn vectors_end(&mut self) -> &[u8] {
+        self.meta_start(6)
+    }
+
+    fn meta_start(&mut self, field: u8) -> &[u8] {
+        self.start(Kind::Meta);
+        self.buffer.push(field);
+        &self.buffer
+    }
+
+    /// Names a value that is kept for review.
+    pub(crate) fn review(&mut self, namespace: NamespaceId, key: &[u8], dot: Dot) -> &[u8] {
+        self.in_namespace(Kind::Review, namespace, &dot.actor.region.0.to_be_bytes());
+        self.buffer.extend_from_slice(&dot.actor.incarnation.to_be_bytes());
+        self.buffer.extend_from_slice(&dot.seq.to_be_bytes());
         self.buffer.extend_from_slice(key);
         &self.buffer
     }
@@ -262,6 +294,11 @@ pub(crate) struct Expiring {
     pub(crate) at: HybridTime,
     /// The write that created it.
     pub(crate) dot: Dot,
+}
+
+/// The user's key of a review key.
+pub(crate) fn reviewed_key(key: &[u8]) -> Option<&[u8]> {
+    key.get(RECORD_PREFIX_BYTES + 2 + 4 + 8..)
 }
 
 const EXPIRY_PREFIX_BYTES: usize = RECORD_PREFIX_BYTES + 2 + 8 + 4 + 8;

@@ -8,12 +8,15 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use tombolo_core::{
     Dot, HybridTime, NamespaceId, Record, RegionId, RequestId,
+    codec::Reader,
     command::Remembered,
     ledger::{LedgerEntry, LedgerId},
+    record::Sibling,
 };
 
 use crate::{
     ShardStore, StorageError,
+    apply::REVIEW_VERSION,
     layout::{self, Keys, Kind},
     shard::Shard,
 };
@@ -66,6 +69,39 @@ impl Shard {
     pub(crate) fn decode_record(&self, value: &[u8]) -> Result<Record, StorageError> {
         let record = Record::from_bytes(Bytes::copy_from_slice(value));
         record.map_err(|error| StorageError::value(self.id, "record", &error))
+    }
+
+    /// Reads a value that was kept for review.
+    pub(crate) fn decode_reviewed(&self, value: &[u8]) -> Result<Sibling, StorageError> {
+        let mut reader = Reader::new("value for review", Bytes::copy_from_slice(value));
+        let read = |reader: &mut Reader| {
+            reader.version(REVIEW_VERSION)?;
+            Sibling::decode(reader)
+        };
+        let held = read(&mut reader).and_then(|held| reader.finish().map(|()| held));
+        held.map_err(|error| StorageError::value(self.id, "value for review", &error))
+    }
+
+    /// Calls `take` with every record of every namespace, deleted ones included.
+    pub(crate) fn each_record(
+        &self,
+        mut take: impl FnMut(NamespaceId, &[u8], &Record),
+    ) -> Result<(), StorageError> {
+        let mut keys = Keys::new(self.id);
+        for kind in [Kind::Record, Kind::Tombstone] {
+            let start = keys.kind_start(kind).to_vec();
+            let end = keys.kind_end(kind).to_vec();
+            let mut pairs = self.iterate(start, end, false);
+            pairs.seek_to_first();
+            while let Some((key, value)) = pairs.item() {
+                let parts = layout::key_namespace(key).zip(layout::user_key(key));
+                let (namespace, key) = parts.ok_or_else(|| StorageError::key(self.id, "record"))?;
+                take(namespace, key, &self.decode_record(value)?);
+                pairs.next();
+            }
+            self.check(&pairs)?;
+        }
+        Ok(())
     }
 
     pub(crate) fn decode_ledger(&self, value: &[u8]) -> Result<LedgerEntry, StorageError> {
@@ -276,6 +312,39 @@ impl ShardStore {
         }
         shard.check(&pairs)?;
         Ok(entries)
+    }
+
+    /// Values that were kept for review when this region started over, and that no other region
+    /// turned out to have: at most `limit`.
+    ///
+    /// # Errors
+    /// If one cannot be read.
+    pub fn reviewed(
+        &self,
+        namespace: NamespaceId,
+        limit: usize,
+    ) -> Result<Vec<(Bytes, Sibling)>, StorageError> {
+        let shard = &*self.inner;
+        let frontier = self.frontier(namespace);
+        let mut keys = Keys::new(shard.id);
+        let start = keys.in_namespace(Kind::Review, namespace, b"").to_vec();
+        let end = keys.namespace_end(Kind::Review, namespace).to_vec();
+        let mut pairs = shard.iterate(start, end, false);
+        pairs.seek_to_first();
+        let mut found = Vec::new();
+        while found.len() < limit
+            && let Some((key, value)) = pairs.item()
+        {
+            let key =
+                layout::reviewed_key(key).ok_or_else(|| StorageError::key(shard.id, "review"))?;
+            let held = shard.decode_reviewed(value)?;
+            if !frontier.covers(held.dot) {
+                found.push((Bytes::copy_from_slice(key), held));
+            }
+            pairs.next();
+        }
+        shard.check(&pairs)?;
+        Ok(found)
     }
 
     /// One ledger entry.

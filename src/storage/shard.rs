@@ -13,6 +13,7 @@ use tombolo_core::{
     Actor, DecodeError, NamespaceId, RegionId, RequestId, ShardId, VersionVector,
     codec::{Reader, Writer},
     command::LinkSetting,
+    members::Members,
     merkle::Tree,
 };
 
@@ -134,6 +135,23 @@ pub(crate) fn decode_links(
     read().map_err(|error| StorageError::value(shard, "link settings", &error))
 }
 
+pub(crate) fn encode_members(members: &Members) -> Bytes {
+    let mut writer = Writer::with_capacity(32);
+    writer.u8(META_VERSION);
+    members.encode(&mut writer);
+    writer.finish()
+}
+
+pub(crate) fn decode_members(shard: ShardId, bytes: Bytes) -> Result<Members, StorageError> {
+    let mut reader = Reader::new("members", bytes);
+    let read = |reader: &mut Reader| {
+        reader.version(META_VERSION)?;
+        Members::decode(reader)
+    };
+    let members = read(&mut reader).and_then(|members| reader.finish().map(|()| members));
+    members.map_err(|error| StorageError::value(shard, "members", &error))
+}
+
 fn decode_vector(shard: ShardId, bytes: Bytes) -> Result<VersionVector, StorageError> {
     let mut reader = Reader::new("version vector", bytes);
     let read = |reader: &mut Reader| {
@@ -160,6 +178,8 @@ pub(crate) struct Shard {
     pub(crate) applied: watch::Sender<u64>,
     /// Counts runs that moved a frontier.
     pub(crate) frontiers_moved: watch::Sender<u64>,
+    /// As in the view, for those who wait for a change.
+    pub(crate) members: watch::Sender<Members>,
     /// Where the search for expired requests goes on.
     pub(crate) collect_from: Mutex<RequestId>,
 }
@@ -175,6 +195,8 @@ pub(crate) struct View {
     pub(crate) ahead: BTreeMap<NamespaceId, VersionVector>,
     /// How this region pulls from others.
     pub(crate) links: BTreeMap<RegionId, LinkSetting>,
+    /// What this shard knows of the regions.
+    pub(crate) members: Members,
     /// How many tombstones each namespace has, where it is not 0.
     pub(crate) tombstones: BTreeMap<NamespaceId, u64>,
     /// The Merkle tree over each namespace's records.
@@ -206,10 +228,12 @@ impl Shard {
             applying: Mutex::default(),
             applied: watch::Sender::new(0),
             frontiers_moved: watch::Sender::new(0),
+            members: watch::Sender::default(),
             collect_from: Mutex::new(RequestId { client: 0, number: 0 }),
         };
         let (view, applying) = shard.load_state()?;
         shard.applied.send_replace(view.applied.map_or(0, |applied| applied.index));
+        shard.members.send_replace(view.members.clone());
         *shard.view.get_mut() = view;
         *shard.applying.get_mut() = applying;
         Ok(shard)
@@ -252,6 +276,7 @@ impl Shard {
                 Some(Meta::Ahead(namespace)) => {
                     view.ahead.insert(namespace, decode_vector(self.id, value)?);
                 }
+                Some(Meta::Members) => view.members = decode_members(self.id, value)?,
                 Some(Meta::Links) => view.links = decode_links(self.id, value)?,
                 None => return Err(StorageError::key(self.id, "meta")),
             }
@@ -369,6 +394,22 @@ impl ShardStore {
         self.inner.view.read().links.get(&peer).copied().unwrap_or_default()
     }
 
+    /// What this shard knows of the regions.
+    pub fn members(&self) -> Members {
+        self.inner.view.read().members.clone()
+    }
+
+    /// Follows what this shard knows of the regions. Changes after the data is visible.
+    pub fn watch_members(&self) -> watch::Receiver<Members> {
+        self.inner.members.subscribe()
+    }
+
+    /// What is applied of a namespace, and what this shard knows of the regions at the same moment.
+    pub fn frontier_and_members(&self, namespace: NamespaceId) -> (VersionVector, Members) {
+        let view = self.inner.view.read();
+        (view.frontiers.get(&namespace).cloned().unwrap_or_default(), view.members.clone())
+    }
+
     /// Up to where the change log of a namespace is gone.
     pub fn trimmed(&self, namespace: NamespaceId) -> VersionVector {
         self.inner.view.read().trimmed.get(&namespace).cloned().unwrap_or_default()
@@ -381,6 +422,15 @@ impl ShardStore {
 }
 
 impl View {
+    /// The region starts over: only what is no data stays.
+    pub(crate) fn forget_data(&mut self) {
+        self.frontiers.clear();
+        self.trimmed.clear();
+        self.ahead.clear();
+        self.tombstones.clear();
+        self.trees.clear();
+    }
+
     pub(crate) fn is_exact(&self, namespace: NamespaceId) -> bool {
         let Some(ahead) = self.ahead.get(&namespace) else { return true };
         self.frontiers.get(&namespace).is_some_and(|frontier| frontier.covers_all(ahead))

@@ -328,6 +328,7 @@ impl ShardStore {
         *shard.view.write() = view;
         shard.applied.send_replace(index);
         shard.frontiers_moved.send_modify(|count| *count += 1);
+        shard.members.send_replace(shard.view.read().members.clone());
         Ok(())
     }
 }

@@ -15,10 +15,12 @@ use tombolo_core::{
     Actor, Change, Command, Content, HybridTime, NamespaceId, Outcome, Record, RegionId, RequestId,
     Rule, ShardId, ShardState, VersionVector,
     command::{
-        Check, Collect, Condition, Expire, Ingest, LinkSetting, Operation, Remembered, Trim, Write,
+        Check, Collect, Condition, Expire, ForgetReviewed, Ingest, LinkSetting, Operation,
+        Remembered, StartOver, Trim, Write,
     },
     encode_batch, execute,
     ledger::LedgerEntry,
+    members::{Member, MemberState},
     merkle::{self, Tree},
     testing::{MemoryRepair, MemoryState},
 };
@@ -27,7 +29,7 @@ use crate::{
     ApplyEntry, ApplyPayload, Position, ShardStore, Store, StoreConfig,
     changes::HEADER_BYTES,
     layout::{self, Kind, Meta},
-    shard::decode_links,
+    shard::{decode_links, decode_members},
 };
 
 pub(crate) const LOCAL: Actor = Actor { region: RegionId(1), incarnation: 1 };
@@ -179,6 +181,7 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
                     Some(Meta::Links) => {
                         state.links = decode_links(inner.id, value).unwrap();
                     }
+                    Some(Meta::Members) => state.members = decode_members(inner.id, value).unwrap(),
                     Some(Meta::Applied | Meta::Membership) | None => {}
                 }
             }
@@ -206,6 +209,11 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
             kind if kind == Kind::Expiry as u8 => {
                 let (value, key) = layout::expiring(key).unwrap();
                 indexed.insert((namespace(), Bytes::copy_from_slice(key), value.dot, value.at));
+            }
+            kind if kind == Kind::Review as u8 => {
+                let held = inner.decode_reviewed(&value).unwrap();
+                let user_key = Bytes::copy_from_slice(layout::reviewed_key(key).unwrap());
+                state.review.insert((namespace(), user_key, held.dot), held);
             }
             kind if kind == Kind::Tree as u8 || kind == Kind::Hash as u8 => {}
             kind => panic!("unknown kind {kind}"),
@@ -266,6 +274,12 @@ pub(crate) enum Event {
     Expire { sibling: bool },
     /// A link is paused, or not.
     SetLink { paused: bool },
+    /// This region starts over, and has gone on since or not.
+    StartOver { known: bool },
+    /// It takes writes again.
+    Activate,
+    /// Something is forgotten that was kept for review.
+    ForgetReviewed,
     /// One command of a repair of this region from the other; the last one ends it.
     Repair { sibling: bool, place: prop::sample::Index },
 }
@@ -297,6 +311,9 @@ pub(crate) fn events() -> impl Strategy<Value = Vec<Vec<Event>>> {
         1 => prop::collection::vec(request, 1..4).prop_map(Event::Forget),
         1 => any::<bool>().prop_map(|sibling| Event::Expire { sibling }),
         1 => any::<bool>().prop_map(|paused| Event::SetLink { paused }),
+        1 => prop::bool::weighted(0.5).prop_map(|known| Event::StartOver { known }),
+        3 => Just(Event::Activate),
+        1 => Just(Event::ForgetReviewed),
         2 => (any::<bool>(), any::<prop::sample::Index>())
             .prop_map(|(sibling, place)| Event::Repair { sibling, place }),
     ];
@@ -344,7 +361,7 @@ impl World {
         let command = match event {
             Event::Write { sibling, keys, request, check, blind } => {
                 let namespace = namespace(*sibling);
-                let mut write = self.write(namespace, LOCAL, keys);
+                let mut write = self.write(namespace, self.actor(), keys);
                 let request_id = |&(client, number): &(u8, u8)| request_id(client, number);
                 write.request = request.as_ref().map(request_id);
                 write.checks = check.iter().map(|&at| absent(at)).collect();
@@ -368,7 +385,8 @@ impl World {
             Event::Pull { sibling } => {
                 let namespace = namespace(*sibling);
                 let frontier = self.local.frontier(namespace);
-                ingest(namespace, LOCAL, self.remote.changes_above(namespace, &frontier))
+                let changes = self.remote.changes_above(namespace, &frontier);
+                ingest(namespace, self.actor(), changes)
             }
             Event::Trim { sibling, quarters } => {
                 let namespace = namespace(*sibling);
@@ -381,7 +399,8 @@ impl World {
                 let part = |(actor, seq): (Actor, u64)| (actor, seq * u64::from(*quarters) / 4);
                 let stable = self.local.frontier(namespace).iter().map(part).collect();
                 let keys = (0u8..6).map(|key| Bytes::from(format!("key-{key}"))).collect();
-                Command::Collect(Collect { namespace, stable, keys })
+                let members = self.local.members.clone();
+                Command::Collect(Collect { namespace, stable, members, keys })
             }
             Event::Expire { sibling } => {
                 let namespace = namespace(*sibling);
@@ -390,7 +409,7 @@ impl World {
                     values.extend(record.siblings().iter().map(|held| (key.clone(), held.dot)));
                 }
                 let (rule, time) = (rule(namespace), time(self.wall));
-                Command::Expire(Expire { namespace, rule, actor: LOCAL, time, values })
+                Command::Expire(Expire { namespace, rule, actor: self.actor(), time, values })
             }
             Event::SetLink { paused } => {
                 let setting = LinkSetting { paused: *paused, bytes_per_second: self.wall };
@@ -398,9 +417,25 @@ impl World {
             }
             Event::Repair { sibling, place } => {
                 let namespace = namespace(*sibling);
-                let repair = MemoryRepair { namespace, rule: rule(namespace), local: LOCAL };
+                let (rule, local, source) = (rule(namespace), self.actor(), REMOTE);
+                let repair = MemoryRepair { namespace, rule, local, source };
                 let mut commands = repair.commands(&self.local, &self.remote, 2);
                 commands.swap_remove(place.index(commands.len()))
+            }
+            Event::StartOver { known } => {
+                let local = Actor { incarnation: self.actor().incarnation + 1, ..LOCAL };
+                let known = if *known { self.remote.frontiers.clone() } else { BTreeMap::new() };
+                Command::StartOver(StartOver { local, known })
+            }
+            Event::Activate => {
+                let incarnation = self.actor().incarnation;
+                let member = Member { incarnation, state: MemberState::Active };
+                Command::Learn([(LOCAL.region, member)].into_iter().collect())
+            }
+            Event::ForgetReviewed => {
+                let (namespace, key, dot) = self.local.review.keys().next()?.clone();
+                let writes = vec![(key, dot)];
+                Command::ForgetReviewed(ForgetReviewed { namespace, writes })
             }
             Event::Forget(requests) => Command::ForgetRequests(
                 requests.iter().map(|&(client, number)| request_id(client, number)).collect(),
@@ -409,6 +444,11 @@ impl World {
         let Ok(outcome) = execute(&mut self.local, &command);
         self.outcomes.push(outcome);
         Some(command)
+    }
+
+    /// As what this region writes now.
+    fn actor(&self) -> Actor {
+        self.local.members.actor(LOCAL.region)
     }
 
     fn write(&self, namespace: NamespaceId, actor: Actor, keys: &[(u8, Option<u8>)]) -> Write {
@@ -430,7 +470,9 @@ impl World {
 }
 
 pub(crate) fn ingest(namespace: NamespaceId, local: Actor, changes: Vec<Change>) -> Command {
-    Command::Ingest(Ingest { namespace, rule: rule(namespace), local, changes })
+    let source = if local == REMOTE { LOCAL } else { REMOTE };
+    let rule = rule(namespace);
+    Command::Ingest(Ingest { namespace, rule, local, source, changes })
 }
 
 pub(crate) fn request_id(client: u8, number: u8) -> RequestId {

@@ -153,7 +153,9 @@ async fn strangers_on_the_link_and_raft_ports_are_told_what_differs() {
         to_region: "us".into(),
         from_region_number: 2,
         shard_count: 2,
-        protocol: 1,
+        protocol: 2,
+        from_incarnation: 1,
+        from_joining: false,
     };
     let mut link = LinkServiceClient::connect(format!("http://{}", listen.link)).await.unwrap();
     let wrong = [
@@ -180,7 +182,7 @@ async fn strangers_on_the_link_and_raft_ports_are_told_what_differs() {
                 from_region: "xx".into(),
                 ..identity.clone()
             },
-            "[[regions]]",
+            "region add",
         ),
         (
             internal::LinkIdentity { cluster_id: "test".into(), protocol: 99, ..identity },

@@ -5,6 +5,7 @@
 mod bad_input;
 mod data;
 mod link_status;
+mod members;
 mod regions;
 mod repair;
 mod repair_cost;

@@ -35,6 +35,8 @@ pub(crate) fn free_address() -> String {
 pub(crate) struct Member {
     pub(crate) config: Config,
     pub(crate) node: Option<Node>,
+    /// Not started with the others.
+    pub(crate) is_late: bool,
 }
 
 impl Member {
@@ -110,16 +112,22 @@ impl Cluster {
                 let flags = [FlagValue { flag: "--data-dir", key: "data_dir", value }];
                 let loaded = Config::load(Some(&file), std::iter::empty(), &[], &flags);
                 let config = loaded.expect("a valid configuration").config;
-                members.push(Member { config, node: None });
+                members.push(Member { config, node: None, is_late: false });
             }
         }
         prepare(&mut members).await;
         let mut cluster = Self { members, _data: data };
-        for member in &mut cluster.members {
+        for member in cluster.members.iter_mut().filter(|member| !member.is_late) {
             member.start().await;
         }
         cluster.wait_ready().await;
         cluster
+    }
+
+    /// A node, by its region; of one with several, the first.
+    pub(crate) fn member(&mut self, region: &str) -> &mut Member {
+        let found = self.members.iter_mut().find(|member| member.config.region == region);
+        found.expect("a region of the cluster")
     }
 
     pub(crate) async fn wait_ready(&self) {

@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
-use tombolo_core::{Change, RegionId, VersionVector, outgoing::Outgoing, pending::Pending};
+use tombolo_core::{
+    Actor, Change, RegionId, VersionVector, members::Members, outgoing::Outgoing, pending::Pending,
+};
 
 use crate::repair::{Answer, Ask, Receiver};
 
@@ -26,8 +28,8 @@ pub enum Request {
 pub enum Reply {
     /// Changes in causal order.
     Changes(Vec<Change>),
-    /// What the source has applied, and which regions it had fenced by then.
-    Told(VersionVector, BTreeSet<RegionId>),
+    /// What the source has applied, and what it knew of the regions at that moment.
+    Told(VersionVector, Members),
     /// The source's log no longer reaches back.
     Trimmed(VersionVector),
 }
@@ -39,8 +41,8 @@ pub struct Link {
     pub requests: VecDeque<Request>,
     /// To the puller.
     pub replies: VecDeque<Reply>,
-    /// Acknowledgements that an earlier stream still carries.
-    pub late: VecDeque<VersionVector>,
+    /// Acknowledgements that an earlier stream still carries, and from whom.
+    pub late: VecDeque<(Actor, VersionVector)>,
     /// A repair's, to the source.
     pub asks: VecDeque<Ask>,
     /// A repair's, to the puller.
@@ -48,11 +50,11 @@ pub struct Link {
 }
 
 impl Link {
-    /// The stream breaks, and the repair with it.
-    pub fn break_off(&mut self) {
+    /// The stream of `puller` breaks, and the repair with it.
+    pub fn break_off(&mut self, puller: Actor) {
         let requests = std::mem::take(&mut self.requests);
         self.late.extend(requests.into_iter().map(|request| match request {
-            Request::Subscribe(frontier, _) | Request::Acknowledge(frontier) => frontier,
+            Request::Subscribe(frontier, _) | Request::Acknowledge(frontier) => (puller, frontier),
         }));
         self.replies.clear();
         self.break_repair();
@@ -81,6 +83,10 @@ pub struct Due {
 pub struct Stream {
     /// Tells this stream from those before.
     pub session: u64,
+    /// Who pulls.
+    pub local: Actor,
+    /// From whom, as the puller knew it when the stream was opened.
+    pub source: Actor,
     /// What has arrived and waits.
     pub pending: Pending,
     /// What the source was told that is applied here.

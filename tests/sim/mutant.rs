@@ -52,12 +52,26 @@ pub enum Mutant {
     TellBeforeRepair,
     /// A region that joins drops tombstones before it has repaired.
     CollectBeforeRepair,
-    /// A region that joins writes after it has repaired from one other.
+    /// A region that comes back writes after it has repaired from one other.
     WriteAfterOneRepair,
     /// A fenced region comes back with what it wrote alone.
     KeepFencedWrites,
     /// A fenced region is no longer counted at once, whatever of it is still under way.
     UncountAtOnce,
+    /// What a region tells counts, although it knows of regions of which the receiver has not heard.
+    TellWithoutMembers,
+    /// Commands are taken from whomever they come.
+    TakeFromFenced,
+    /// Tombstones go although the region has heard of others since it counted.
+    CollectUncounted,
+    /// A source serves a region, or a new life of one, of which it has not heard.
+    ServeUnheard,
+    /// Records reach a region in any order.
+    HearOutOfOrder,
+    /// For one that comes back, a repair counts although its source had not heard of a fence then.
+    RepairBeforeFence,
+    /// A region that starts over goes on taking from others until that is committed.
+    RepairOnWhileStartingOver,
     /// What a repair brings for the ledger is dropped.
     ForgetLedger,
     /// That the log is gone is forgotten if it is told while a repair is under way.
@@ -72,7 +86,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// Those that every test run catches.
-    pub const COMMON: [Self; 21] = [
+    pub const COMMON: [Self; 25] = [
         Self::ForgetBranch,
         Self::ForgetTombstones,
         Self::ForgetLastPage,
@@ -90,6 +104,10 @@ impl Mutant {
         Self::RelayAlways,
         Self::ReuseIncarnation,
         Self::KeepFencedWrites,
+        Self::WriteBeforeRepair,
+        Self::WriteAfterOneRepair,
+        Self::UncountAtOnce,
+        Self::TakeFromFenced,
         Self::ForgetLedger,
         Self::ForgetTrimmed,
         Self::LedgerLast,
@@ -97,16 +115,19 @@ impl Mutant {
     ];
 
     /// Those that need a rare chain of events: for the long mode, or a history of their own.
-    pub const RARE: [Self; 9] = [
+    pub const RARE: [Self; 12] = [
         Self::ForgetCoverage,
         Self::CollectBeforeRepair,
         Self::ForgetAhead,
         Self::AdvanceBlindly,
         Self::CompareAtOnce,
-        Self::WriteBeforeRepair,
         Self::TellBeforeRepair,
-        Self::WriteAfterOneRepair,
-        Self::UncountAtOnce,
+        Self::TellWithoutMembers,
+        Self::CollectUncounted,
+        Self::ServeUnheard,
+        Self::HearOutOfOrder,
+        Self::RepairBeforeFence,
+        Self::RepairOnWhileStartingOver,
     ];
 
     /// All of them.

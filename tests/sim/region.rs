@@ -1,17 +1,18 @@
 //! A region: what it holds durably, what its leader remembers, and its clock.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     convert::Infallible,
     time::Duration,
 };
 
 use bytes::Bytes;
 use tombolo_core::{
-    Actor, Change, Command, HybridClock, HybridTime, NamespaceId, Record, RegionId, RequestId,
+    Actor, Change, Command, Dot, HybridClock, HybridTime, NamespaceId, Record, RegionId, RequestId,
     ShardState, VersionVector,
     command::{LinkSetting, Remembered},
     ledger::LedgerEntry,
+    members::{FenceTold, Member, MemberState, Members},
     merkle::{Tree, digest, leaf_of},
     relay::Relays,
     stability::Told,
@@ -154,6 +155,23 @@ impl ShardState for Data {
     fn set_link(&mut self, peer: RegionId, setting: LinkSetting) {
         self.memory.set_link(peer, setting);
     }
+
+    fn members(&self) -> Members {
+        self.memory.members.clone()
+    }
+
+    fn set_members(&mut self, members: Members) {
+        self.memory.set_members(members);
+    }
+
+    fn start_over(&mut self, region: RegionId, known: &BTreeMap<NamespaceId, VersionVector>) {
+        self.tree = Tree::default();
+        self.memory.start_over(region, known);
+    }
+
+    fn forget_reviewed(&mut self, namespace: NamespaceId, key: &Bytes, dot: Dot) {
+        self.memory.forget_reviewed(namespace, key, dot);
+    }
 }
 
 /// A command on its way through a region's Raft log, and who waits for it.
@@ -178,28 +196,19 @@ pub enum Waiter {
     Nobody,
 }
 
-/// Whether a region takes part.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
-    /// It does not exist yet.
-    Absent,
-    /// It was admitted, and repairs before it writes.
-    Joining,
-    /// It takes part.
-    Member,
-    /// The others go on without it.
-    Fenced,
-}
-
 /// What a leader remembers and a crash loses.
 #[derive(Debug)]
 pub struct Leader {
     /// What regions acknowledged.
-    pub acknowledged: BTreeMap<RegionId, VersionVector>,
+    pub acknowledged: BTreeMap<Actor, VersionVector>,
     /// What regions told.
-    pub told: BTreeMap<RegionId, Told>,
-    /// For each region that is fenced: what each other region has of it since it fenced it, too.
-    pub fences: BTreeMap<RegionId, BTreeMap<RegionId, VersionVector>>,
+    pub told: BTreeMap<Actor, Told>,
+    /// What they told after they shut a region out.
+    pub fences: FenceTold,
+    /// So many of the records that the region has heard of are proposed.
+    pub proposed: usize,
+    /// It proposed to start over: until that is done it talks to nobody.
+    pub starts_over: bool,
     /// Who relays what.
     pub relays: Relays,
     /// Streams from others.
@@ -219,7 +228,9 @@ impl Leader {
         Self {
             acknowledged: BTreeMap::new(),
             told: BTreeMap::new(),
-            fences: BTreeMap::new(),
+            fences: FenceTold::default(),
+            proposed: 0,
+            starts_over: false,
             relays: Relays::new(peers, RELAY_AFTER, now),
             streams: BTreeMap::new(),
             retry_at: BTreeMap::new(),
@@ -239,10 +250,14 @@ impl Leader {
 pub struct Region {
     /// Its number.
     pub id: RegionId,
-    /// Its life.
-    pub incarnation: u32,
-    /// Whether it takes part.
-    pub status: Status,
+    /// Whether it was there from the start: all know of it without having heard.
+    pub is_static: bool,
+    /// Whether it exists.
+    pub exists: bool,
+    /// Nothing that it writes can come to a region that takes part: it was fenced, and all know.
+    pub is_sealed: bool,
+    /// Which of the operator's records it has heard of, in that order.
+    pub heard: Vec<usize>,
     /// What it holds.
     pub data: Data,
     /// The last copy of that.
@@ -255,19 +270,62 @@ pub struct Region {
     pub clock: HybridClock,
     /// How far its wall clock is from true time.
     pub offset_ms: i64,
-    /// While it joins: where it has repaired from.
-    pub repaired_from: BTreeSet<usize>,
+    /// While it joins: where it has repaired from, and what those knew of the regions then.
+    pub repaired_from: BTreeMap<Actor, Members>,
 }
 
 impl Region {
-    /// Who its events are by.
-    pub fn actor(&self) -> Actor {
-        Actor { region: self.id, incarnation: self.incarnation }
+    /// A region before anything was written.
+    pub fn new(id: RegionId, is_static: bool, all: impl Iterator<Item = RegionId>) -> Self {
+        Self {
+            id,
+            is_static,
+            exists: is_static,
+            is_sealed: false,
+            heard: Vec::new(),
+            data: Data::default(),
+            backup: None,
+            queue: VecDeque::new(),
+            leader: Leader::new(id, all, Duration::ZERO),
+            clock: HybridClock::default(),
+            offset_ms: 0,
+            repaired_from: BTreeMap::new(),
+        }
     }
 
-    /// Whether it takes part in streams.
-    pub fn is_present(&self) -> bool {
-        matches!(self.status, Status::Member | Status::Joining)
+    /// What it knows of the regions: what its log has applied.
+    pub fn members(&self) -> &Members {
+        &self.data.memory.members
+    }
+
+    /// What it knows of itself.
+    pub fn member(&self) -> Member {
+        self.members().get(self.id)
+    }
+
+    /// Who its events are by.
+    pub fn actor(&self) -> Actor {
+        self.members().actor(self.id)
+    }
+
+    /// Whether it takes writes.
+    pub fn is_active(&self) -> bool {
+        self.exists && self.member().state == MemberState::Active
+    }
+
+    /// Whether it still takes over what the others have.
+    pub fn is_joining(&self) -> bool {
+        self.exists && self.member().state.is_joining()
+    }
+
+    /// Whether it knows that another exists.
+    pub fn knows(&self, other: &Self) -> bool {
+        other.is_static || self.members().said(other.id).is_some()
+    }
+
+    /// Whether it takes what comes from another, and talks to it.
+    pub fn admits(&self, other: &Self) -> bool {
+        self.knows(other) && self.members().admit(other.actor())
     }
 
     /// What its wall clock shows.

@@ -7,8 +7,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use tombolo_core::{
-    Record, VersionVector,
+    Actor, Record, VersionVector,
     ledger::LedgerEntry,
+    members::Members,
     merkle::{Block, FAN_OUT, Tree, digest, leaf_of},
     repair::{self, LeafAnswer, Offer, Trust},
 };
@@ -35,8 +36,9 @@ pub enum Ask {
 /// To the receiver.
 #[derive(Clone, Debug)]
 pub enum Answer {
-    /// What the source has applied, up to where it is ahead, and the nodes that differ.
-    Cut(VersionVector, VersionVector, Vec<(u8, Box<Block>)>),
+    /// What the source has applied, up to where it is ahead, the nodes that differ, and what the source
+    /// knew of the regions at that moment.
+    Cut(VersionVector, VersionVector, Vec<(u8, Box<Block>)>, Members),
     /// What differs in a leaf.
     Leaf(u16, LeafAnswer),
     /// What trees do not show.
@@ -111,7 +113,8 @@ impl Source {
         }
         let node = |high: u8| (high, Box::new(*cut.tree.block(high).unwrap_or(&[0; FAN_OUT])));
         let nodes = differing.into_iter().map(node).collect();
-        let answer = Answer::Cut(cut.frontier.clone(), cut.ahead.clone(), nodes);
+        let members = data.memory.members.clone();
+        let answer = Answer::Cut(cut.frontier.clone(), cut.ahead.clone(), nodes, members);
         (Self { cut, known, distrust, has_sent_rest: false }, answer)
     }
 
@@ -164,6 +167,8 @@ pub struct Receiver {
     pub id: u64,
     /// Only compare.
     pub compare: bool,
+    /// This region, in the life in which it began.
+    pub local: Actor,
     /// Comparisons so far.
     pub attempts: usize,
     /// Leaves that differed although both sides had applied the same.
@@ -174,6 +179,8 @@ pub struct Receiver {
     pub cut: VersionVector,
     /// Up to where it was ahead of that.
     pub ahead: VersionVector,
+    /// What it knew of the regions then.
+    pub members: Members,
     /// What to conclude from what one side lacks.
     pub trust: Trust,
     /// Leaves that were listed and not answered.
@@ -190,15 +197,17 @@ pub struct Receiver {
 
 impl Receiver {
     /// A repair that begins.
-    pub fn new(id: u64, compare: bool, data: &Data) -> Self {
+    pub fn new(id: u64, compare: bool, local: Actor, data: &Data) -> Self {
         Self {
             id,
             compare,
+            local,
             attempts: 0,
             damage: None,
             mine: Pinned::new(data),
             cut: VersionVector::new(),
             ahead: VersionVector::new(),
+            members: Members::new(),
             trust: Trust::Coverage,
             listed: VecDeque::new(),
             offers: Vec::new(),

@@ -31,6 +31,7 @@ fn all_hold(regions: u16) -> Counts {
         ("leaders lost", counts.crashes),
         ("restores", counts.restores),
         ("joins", counts.joins),
+        ("words that did not count yet", counts.untold),
     ] {
         assert!(happened > 20, "only {happened} {what} in {SEEDS} histories");
     }
@@ -44,12 +45,14 @@ fn two_regions_keep_all_promises() {
 
 #[test]
 fn three_regions_keep_all_promises() {
-    assert!(all_hold(3).fences > 20);
+    let Counts { fences, start_overs, reviewed, .. } = all_hold(3);
+    assert!(fences > 20 && start_overs > 20 && reviewed > 20);
 }
 
 #[test]
 fn five_regions_keep_all_promises() {
-    assert!(all_hold(5).fences > 20);
+    let Counts { fences, start_overs, reviewed, .. } = all_hold(5);
+    assert!(fences > 20 && start_overs > 20 && reviewed > 20);
 }
 
 #[test]
@@ -105,8 +108,12 @@ fn commit(at: u8) -> Event {
 }
 
 fn history(events: &[Event]) -> History {
+    history_of(2, events)
+}
+
+fn history_of(regions: u16, events: &[Event]) -> History {
     let steps = events.iter().map(|&event| Step { wait_ms: 600, event }).collect();
-    History { regions: 2, rule: Rule::Siblings, batch: 1, page: 1, gate: true, steps }
+    History { regions, rule: Rule::Siblings, batch: 1, page: 1, gate: true, steps }
 }
 
 /// The smallest history in which a merge of a repair that broke off is committed after the next
@@ -170,4 +177,164 @@ fn a_value_from_an_old_copy_stays_deleted_after_its_tombstone_is_gone() {
     assert_eq!(run_history(&history, None).unwrap().restores, 1);
     let violation = run_history(&history, Some(Mutant::ForgetCoverage)).unwrap_err();
     assert_eq!(violation.invariant, Invariant::NoResurrection);
+}
+
+fn flow(puller: u8, source: u8) -> Event {
+    Event::Flow { puller, source }
+}
+
+/// Regions hear of the next act, and their logs apply it.
+fn hear(regions: &[u8]) -> Vec<Event> {
+    regions.iter().flat_map(|&at| [Event::Hear { at, skip: 0 }, commit(at)]).collect()
+}
+
+fn fails(history: &History, mutant: Mutant, invariants: &[Invariant]) {
+    assert_eq!(run_history(history, None).err(), None);
+    let broken = run_history(history, Some(mutant)).err().map(|violation| violation.invariant);
+    assert!(broken.is_some_and(|broken| invariants.contains(&broken)), "{broken:?}");
+}
+
+/// The third region joins from the first, and the second has not heard of it.
+#[test]
+fn a_word_that_knows_of_more_regions_does_not_count() {
+    let history = history_of(
+        2,
+        &[
+            vec![Event::Join { at: 2 }],
+            hear(&[0]),
+            vec![
+                Event::Repair { at: 2, rounds: 9 },
+                commit(2),
+                write(0, true),
+                commit(0),
+                flow(1, 0),
+                Event::Collect { at: 1 },
+                commit(1),
+            ],
+        ]
+        .concat(),
+    );
+    fails(&history, Mutant::TellWithoutMembers, &[Invariant::StableSound]);
+}
+
+/// The fourth region is fenced; the third, which has not heard of it, takes a write of it, and is fenced
+/// in its turn, of which the second has not heard. By then the first must still expect that write.
+#[test]
+fn one_fenced_region_counts_while_another_may_pass_on_its_writes() {
+    let history = history_of(
+        4,
+        &[
+            vec![Event::Fence { at: 3 }],
+            hear(&[0, 1]),
+            vec![
+                flow(0, 1),
+                write(3, false),
+                commit(3),
+                flow(2, 3),
+                write(0, true),
+                commit(0),
+                flow(2, 0),
+                flow(0, 2),
+                flow(1, 0),
+                flow(0, 1),
+                Event::Fence { at: 2 },
+            ],
+            hear(&[0]),
+            vec![Event::Collect { at: 0 }, commit(0)],
+        ]
+        .concat(),
+    );
+    run_history(&history, None).unwrap();
+}
+
+/// The third region is fenced, comes back and is fenced again. What the second told after the first time
+/// says nothing of the second time.
+#[test]
+fn a_region_that_is_fenced_twice_counts_twice() {
+    let history = history_of(
+        3,
+        &[
+            vec![Event::Fence { at: 2 }],
+            hear(&[0, 1]),
+            vec![flow(0, 1), Event::Join { at: 2 }],
+            hear(&[0, 1]),
+            vec![Event::Tick { at: 2 }, commit(2)],
+            vec![Event::Repair { at: 2, rounds: 9 }; 3],
+            vec![commit(2)],
+            hear(&[0, 1]),
+            vec![
+                Event::Tick { at: 0 },
+                Event::Tick { at: 1 },
+                write(0, true),
+                commit(0),
+                flow(1, 0),
+                flow(0, 1),
+                write(2, false),
+                commit(2),
+                flow(1, 2),
+                Event::Fence { at: 2 },
+            ],
+            hear(&[0]),
+            vec![Event::Collect { at: 0 }, commit(0)],
+        ]
+        .concat(),
+    );
+    let counts = run_history(&history, None).unwrap();
+    assert_eq!((counts.fences, counts.start_overs), (2, 1), "{counts:?}");
+}
+
+/// The third region comes back. A write of its former life is only in the fourth, which passes it on to
+/// the second after that one was repaired from, and is fenced then.
+#[test]
+fn one_that_comes_back_repairs_again_after_a_fence() {
+    let history = history_of(
+        4,
+        &[
+            vec![Event::Fence { at: 2 }, write(2, false), commit(2), flow(3, 2)],
+            hear(&[0, 1, 3]),
+            vec![Event::Join { at: 2 }],
+            hear(&[0, 1]),
+            vec![Event::Tick { at: 2 }, commit(2)],
+            vec![Event::Repair { at: 2, rounds: 9 }; 3],
+            vec![flow(1, 3), Event::Tick { at: 1 }, flow(1, 3), Event::Tick { at: 1 }, flow(1, 3)],
+            vec![Event::Fence { at: 3 }],
+            hear(&[0, 1, 2]),
+            vec![Event::Tick { at: 2 }, commit(2)],
+        ]
+        .concat(),
+    );
+    assert_eq!(run_history(&history, None).unwrap().start_overs, 1);
+    fails(&history, Mutant::RepairBeforeFence, &[Invariant::Convergence, Invariant::StableSound]);
+}
+
+/// The third region compares with the first, and comes back before the answer is merged.
+#[test]
+fn what_was_compared_in_a_former_life_is_not_merged() {
+    let messages = |requests, replies| Event::RepairMessages { at: 2, requests, replies };
+    let history = history_of(
+        3,
+        &[
+            vec![
+                write(0, false),
+                commit(0),
+                write(1, false),
+                commit(1),
+                flow(2, 0),
+                flow(0, 1),
+                Event::Fence { at: 2 },
+                Event::Join { at: 2 },
+                Event::Ask { puller: 2, source: 0, compare: false },
+                Event::Tick { at: 2 },
+                commit(2),
+                messages(1, 1),
+                messages(2, 0),
+            ],
+            hear(&[1, 1]),
+            vec![Event::Tick { at: 2 }, messages(0, 4), commit(2)],
+        ]
+        .concat(),
+    );
+    assert_eq!(run_history(&history, None).unwrap().start_overs, 1);
+    let lost = [Invariant::NoLostWrite, Invariant::Convergence];
+    fails(&history, Mutant::RepairOnWhileStartingOver, &lost);
 }

@@ -67,6 +67,8 @@ pub enum Event {
     Ask { puller: Place, source: Place, compare: bool },
     /// Messages of the region's repair arrive, this way and that.
     RepairMessages { at: Place, requests: u8, replies: u8 },
+    /// The region's repair does its work, for so many rounds of messages.
+    Repair { at: Place, rounds: u8 },
     /// A message of a stream comes a second time, after all that is under way.
     Duplicate { puller: Place, source: Place, reply: bool },
     /// What an earlier stream still had under way to the source arrives.
@@ -99,6 +101,8 @@ pub enum Event {
     Join { at: Place },
     /// A region is left behind by the others.
     Fence { at: Place },
+    /// A region hears of what an operator decided; of the next, unless some are skipped.
+    Hear { at: Place, skip: u8 },
 }
 
 /// The keys of all histories. The last two lie in one leaf of the tree.
@@ -158,6 +162,7 @@ enum Kind {
     Flow,
     Tick,
     Ask,
+    Messages,
     Repair,
     Duplicate,
     Late,
@@ -175,6 +180,7 @@ enum Kind {
     Restore,
     Join,
     Fence,
+    Hear,
 }
 
 impl Mix {
@@ -182,6 +188,10 @@ impl Mix {
         let places = Place::try_from(regions).unwrap_or(Place::MAX - 1);
         // One more may join.
         let places = places + u8::from(regions > 1 && random.random_ratio(1, 4));
+        if regions > 1 && random.random_ratio(1, 4) {
+            let keys = random.random_range(1..=2);
+            return Self::of(random, places, keys, Self::changing());
+        }
         // Many repairs at once, and little else that moves.
         let storm = if random.random_ratio(1, 2) { 1 } else { 0 };
         // Links that work, so that regions hear of each other and forget.
@@ -199,7 +209,8 @@ impl Mix {
             (some(20, 0.6) + 60 * calm, Kind::Flow),
             (14 + 14 * storm, Kind::Tick),
             (some(4, 0.5) + 16 * storm, Kind::Ask),
-            (24 + 50 * storm, Kind::Repair),
+            (24 + 50 * storm, Kind::Messages),
+            (some(8, 0.3), Kind::Repair),
             (some(2, 0.4), Kind::Duplicate),
             (some(2, 0.4), Kind::Late),
             (some(2, 0.6), Kind::Break),
@@ -216,9 +227,45 @@ impl Mix {
             (some(8, 0.6), Kind::Restore),
             (some(4, 0.5), Kind::Join),
             (some(3, 0.3), Kind::Fence),
+            (some(6, 0.5) + some(20, 0.5) + 2, Kind::Hear),
         ];
-        let total = weights.iter().map(|(weight, _)| weight).sum();
         let keys = random.random_range(1..=u8::try_from(keys().len()).unwrap_or(1));
+        Self::of(random, places, keys, weights)
+    }
+
+    /// Regions that come, go and are restored all the time, and otherwise work.
+    fn changing() -> Vec<(u32, Kind)> {
+        vec![
+            (14, Kind::Write),
+            (3, Kind::WriteSeen),
+            (12, Kind::Commit),
+            (16, Kind::Open),
+            (4, Kind::Carry),
+            (4, Kind::Tell),
+            (70, Kind::Flow),
+            (12, Kind::Tick),
+            (24, Kind::Repair),
+            (4, Kind::Messages),
+            (2, Kind::Late),
+            (1, Kind::Break),
+            (5, Kind::Cut),
+            (5, Kind::Mend),
+            (1, Kind::Crash),
+            (3, Kind::Clock),
+            (2, Kind::Trim),
+            (10, Kind::TrimStable),
+            (30, Kind::Collect),
+            (2, Kind::Expire),
+            (4, Kind::Backup),
+            (4, Kind::Restore),
+            (8, Kind::Join),
+            (5, Kind::Fence),
+            (16, Kind::Hear),
+        ]
+    }
+
+    fn of(random: &mut StdRng, places: Place, keys: u8, weights: Vec<(u32, Kind)>) -> Self {
+        let total = weights.iter().map(|(weight, _)| weight).sum();
         let mut mix = Self { places, keys, weights, total, slow: Vec::new() };
         if random.random_ratio(1, 3) {
             mix.slow.push(mix.pair(random));
@@ -293,10 +340,11 @@ impl Mix {
             Kind::Flow => Event::Flow { puller, source },
             Kind::Tick => Event::Tick { at },
             Kind::Ask => Event::Ask { puller, source, compare: random.random_ratio(1, 3) },
-            Kind::Repair => {
+            Kind::Messages => {
                 let (requests, replies) = (random.random_range(0..3), random.random_range(0..4));
                 Event::RepairMessages { at, requests, replies }
             }
+            Kind::Repair => Event::Repair { at, rounds: random.random_range(1..12) },
             Kind::Duplicate => {
                 Event::Duplicate { puller, source, reply: random.random_ratio(3, 4) }
             }
@@ -322,6 +370,7 @@ impl Mix {
             Kind::Restore => Event::Restore { at },
             Kind::Join => Event::Join { at },
             Kind::Fence => Event::Fence { at },
+            Kind::Hear => Event::Hear { at, skip: random.random_range(0..3) },
         }
     }
 }

@@ -5,8 +5,9 @@
 //! region that does not write), it does nothing here.
 //!
 //! This file: the steps, a region's log and the checks after each step. Beside it: streams, repairs,
-//! members (with collection) and healing.
+//! members, forgetting and healing.
 
+mod forgetting;
 mod healing;
 mod members;
 mod repairs;
@@ -19,7 +20,8 @@ use std::{
 
 use bytes::Bytes;
 use tombolo_core::{
-    Command, Content, HybridClock, HybridTime, Outcome, RegionId, Rule, VersionVector,
+    Command, Content, HybridClock, HybridTime, Member, Members, Outcome, RegionId, Rule,
+    VersionVector,
     command::{Operation, Stopped, Write},
     execute,
     invariant::{self, Invariant},
@@ -29,10 +31,12 @@ use crate::{
     Violation,
     link::{Due, Link, Request},
     mutant::Mutant,
-    region::{Data, Leader, NAMESPACE, Proposal, Region, Status, Waiter},
+    region::{Data, Leader, NAMESPACE, Proposal, Region, Waiter},
     step::{Event, History, Place, Step, keys},
     truth::{Broken, Truth},
 };
+
+use members::Ended;
 
 /// What a history did: how often the parts that matter happened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,7 +69,17 @@ pub struct Counts {
     pub joins: u64,
     /// Regions fenced.
     pub fences: u64,
-    /// Writes lost with them.
+    /// Regions that started over.
+    pub start_overs: u64,
+    /// Histories that end early, because what is lost was half merged.
+    pub left_out: u64,
+    /// Values that were kept for review.
+    pub reviewed: u64,
+    /// Tells that were ignored because they came with members that the receiver did not know.
+    pub untold: u64,
+    /// Commands that the core refused because their source was out.
+    pub refused: u64,
+    /// Writes lost with regions that lost data, or were fenced.
     pub lost: u64,
     /// Steps with a region ahead of its frontier.
     pub half_repaired: u64,
@@ -91,6 +105,11 @@ impl Counts {
             restores,
             joins,
             fences,
+            start_overs,
+            left_out,
+            reviewed,
+            untold,
+            refused,
             lost,
             half_repaired,
             half_repaired_writes,
@@ -109,6 +128,11 @@ impl Counts {
         self.restores += restores;
         self.joins += joins;
         self.fences += fences;
+        self.start_overs += start_overs;
+        self.left_out += left_out;
+        self.reviewed += reviewed;
+        self.untold += untold;
+        self.refused += refused;
         self.lost += lost;
         self.half_repaired += half_repaired;
         self.half_repaired_writes += half_repaired_writes;
@@ -127,6 +151,14 @@ pub struct World {
     regions: Vec<Region>,
     links: BTreeMap<(usize, usize), Link>,
     cuts: BTreeSet<(usize, usize)>,
+    /// What an operator decided, in that order.
+    acts: Vec<(RegionId, Member)>,
+    /// All of that.
+    decided: Members,
+    /// Lives that are over, while something of them can still come.
+    ended: Vec<Ended>,
+    /// Whether the history ends here: it came to what is not simulated.
+    is_left_out: bool,
     truth: Truth,
     /// What each region had applied when it was checked last.
     checked: Vec<VersionVector>,
@@ -146,20 +178,10 @@ impl World {
         let present = usize::from(history.regions);
         // One more may join.
         let ids = || (1..=history.regions + 1).map(RegionId);
-        let region = |(place, id): (usize, RegionId)| Region {
-            id,
-            incarnation: 1,
-            status: if place < present { Status::Member } else { Status::Absent },
-            data: Data {
-                forgets_deletions: mutant == Some(Mutant::TreeForgetsDeletions),
-                ..Data::default()
-            },
-            backup: None,
-            queue: std::collections::VecDeque::new(),
-            leader: Leader::new(id, ids(), Duration::ZERO),
-            clock: HybridClock::default(),
-            offset_ms: 0,
-            repaired_from: BTreeSet::new(),
+        let region = |(place, id): (usize, RegionId)| {
+            let mut region = Region::new(id, place < present, ids());
+            region.data.forgets_deletions = mutant == Some(Mutant::TreeForgetsDeletions);
+            region
         };
         let regions: Vec<Region> = ids().enumerate().map(region).collect();
         let pairs =
@@ -179,6 +201,10 @@ impl World {
             truth: Truth::new(history.rule),
             links,
             cuts: BTreeSet::new(),
+            acts: Vec::new(),
+            decided: Members::new(),
+            ended: Vec::new(),
+            is_left_out: false,
             counts: Counts::default(),
             sessions: 0,
             values: 0,
@@ -210,10 +236,16 @@ impl World {
             |step: usize| move |(invariant, seen): Broken| Violation { invariant, seen, step };
         for (number, step) in history.steps.iter().enumerate() {
             self.step(*step).map_err(violation(number))?;
+            if self.is_left_out {
+                break;
+            }
         }
         let after = history.steps.len();
         self.note(|| "all is healed".to_owned());
-        self.heal().map_err(violation(after))?;
+        if !self.is_left_out {
+            self.heal().map_err(violation(after))?;
+        }
+        self.counts.left_out += u64::from(self.is_left_out);
         Ok(self.counts)
     }
 
@@ -313,6 +345,19 @@ impl World {
                     self.answer_arrives(puller, source)?;
                 }
             }
+            Event::Repair { at, rounds } => {
+                let at = place(at);
+                self.tick(at);
+                for _ in 0..rounds {
+                    self.commit(at)?;
+                    let Some(source) = self.repairs_from(at) else { break };
+                    (0..2).for_each(|_| self.ask_arrives(at, source));
+                    for _ in 0..3 {
+                        self.answer_arrives(at, source)?;
+                    }
+                }
+                self.tick(at);
+            }
             Event::Duplicate { puller, source, reply } => {
                 if let Some(link) = self.links.get_mut(&link(puller, source)) {
                     if reply {
@@ -360,15 +405,19 @@ impl World {
             Event::Collect { at } => self.collect(place(at)),
             Event::Expire { at } => self.expire(place(at)),
             Event::Backup { at } => {
-                if let Some(region) = self.regions.get_mut(place(at))
-                    && region.status == Status::Member
+                if let Some(region) = self.regions.get(place(at))
+                    && region.is_active()
+                    && self.takes_part(region)
                 {
-                    region.backup = Some(region.data.clone());
+                    self.regions[place(at)].backup = Some(region.data.clone());
                 }
             }
             Event::Restore { at } => self.restore(place(at))?,
             Event::Join { at } => self.join(place(at))?,
-            Event::Fence { at } => self.fence(place(at))?,
+            Event::Fence { at } => self.fence(place(at)),
+            Event::Hear { at, skip } => {
+                self.hear(place(at), skip);
+            }
         }
         Ok(())
     }
@@ -380,14 +429,8 @@ impl World {
         expires: bool,
         read_at: Option<usize>,
     ) {
-        let is_early = self.is(Mutant::WriteBeforeRepair);
-        let Some(region) = self.regions.get(at) else { return };
-        let may_write = match region.status {
-            Status::Member | Status::Fenced => true,
-            Status::Joining => is_early,
-            Status::Absent => false,
-        };
-        if !may_write {
+        // Whether it takes writes, its log decides.
+        if !self.regions.get(at).is_some_and(|region| region.exists) {
             return;
         }
         let contexts: Vec<Option<VersionVector>> = operations
@@ -434,8 +477,28 @@ impl World {
         let Some(region) = self.regions.get_mut(at) else { return Ok(()) };
         let Some(Proposal { command, waiter }) = region.queue.pop_front() else { return Ok(()) };
         // As through a log.
-        let Ok(command) = Command::from_bytes(command.to_bytes()) else {
+        let Ok(mut command) = Command::from_bytes(command.to_bytes()) else {
             return Err((Invariant::Convergence, format!("cannot be read back: {command:?}")));
+        };
+        match (&mut command, self.mutant) {
+            (Command::Collect(collect), Some(Mutant::CollectUncounted)) => {
+                collect.members = region.members().clone();
+            }
+            (Command::Ingest(ingest), Some(Mutant::TakeFromFenced)) => {
+                ingest.source = region.actor();
+            }
+            (Command::Merge(merge), Some(Mutant::TakeFromFenced)) => merge.source = region.actor(),
+            (Command::Merge(merge), Some(Mutant::RepairOnWhileStartingOver)) => {
+                merge.local = region.actor();
+            }
+            (Command::Advance(advance), Some(Mutant::TakeFromFenced)) => {
+                advance.source = region.actor();
+            }
+            _ => {}
+        }
+        let data_before = match &command {
+            Command::Learn(_) | Command::StartOver(_) => Some(region.data.clone()),
+            _ => None,
         };
         let before = region.data.frontier();
         let was_exact = region.data.is_exact();
@@ -476,7 +539,16 @@ impl World {
             }
             Command::Advance(advance) => format!("advance to {}", advance.cut),
             Command::Expire(expire) => format!("expire {:?}", expire.values),
-            Command::ForgetRequests(_) | Command::SetLink(..) => "another".to_owned(),
+            Command::Learn(members) => {
+                let one = |(id, it): (RegionId, Member)| {
+                    format!("region {id} is {:?} in incarnation {}", it.state, it.incarnation)
+                };
+                members.iter().map(one).collect::<Vec<_>>().join(", ")
+            }
+            Command::StartOver(start) => format!("start over as {}", start.local),
+            Command::ForgetRequests(_) | Command::SetLink(..) | Command::ForgetReviewed(_) => {
+                "another".to_owned()
+            }
         };
         if self.trace.is_some() {
             let id = self.regions[at].id;
@@ -500,6 +572,11 @@ impl World {
             };
             self.note(|| format!("           region {id}: {} -> {did}", short(&command)));
         }
+        if let Some(data_before) = data_before
+            && data_before.memory.members != *self.regions[at].members()
+        {
+            self.learned(at, &data_before)?;
+        }
         match (command, outcome) {
             (Command::Write(write), Outcome::Written(results)) => {
                 let region = &mut self.regions[at];
@@ -512,12 +589,12 @@ impl World {
                     return Err((Invariant::LogWhole, format!("{} is not in the log", first.dot)));
                 };
                 // Of what a fenced region writes nothing is known to the others.
-                let has_context = region.status == Status::Fenced
-                    || write.operations.iter().any(|it| it.context.is_some());
+                let has_context =
+                    region.is_sealed || write.operations.iter().any(|it| it.context.is_some());
                 self.counts.writes += 1;
                 self.counts.half_repaired_writes += u64::from(!was_exact);
                 self.truth.write(change, &before, &contexts, has_context, was_exact)?;
-                if region.status == Status::Fenced {
+                if region.is_sealed {
                     // Nobody takes it; it goes to the review queue.
                     self.truth.lose(&region.data.frontier(), &[before]);
                 }
@@ -532,7 +609,7 @@ impl World {
                 };
                 // It replaces its own value only.
                 self.truth.write(change, &before, &[], true, was_exact)?;
-                if region.status == Status::Fenced {
+                if region.is_sealed {
                     self.truth.lose(&region.data.frontier(), &[before]);
                 }
             }
@@ -546,6 +623,7 @@ impl World {
                     Some(Stopped::DotReused(dot)) => {
                         return Err(reused(&format!("{dot} is another")));
                     }
+                    Some(Stopped::SourceOut) => self.counts.refused += 1,
                     Some(Stopped::Gap | Stopped::Dependency) | None => {}
                 }
                 if let Waiter::Stream(source, session) = waiter {
@@ -553,7 +631,7 @@ impl World {
                     let Some(stream) = self.stream_of(at, source, session) else { return Ok(()) };
                     stream.ingesting = false;
                     stream.moved = now;
-                    if ingested.stopped == Some(Stopped::Gap) {
+                    if matches!(ingested.stopped, Some(Stopped::Gap | Stopped::SourceOut)) {
                         self.break_stream(at, source);
                     } else {
                         self.acknowledge(at, source);
@@ -562,11 +640,15 @@ impl World {
             }
             (Command::Collect(_), Outcome::Collected(count)) => {
                 self.counts.collected += count as u64;
-                // One that joins catches up with what went before it was admitted.
-                let others = self.regions.iter().enumerate();
-                let others: Vec<_> = others
-                    .filter(|(other, region)| *other != at && region.status == Status::Member)
-                    .map(|(_, region)| (region.id.0, region.data.frontier()))
+                if !self.takes_part(&self.regions[at]) {
+                    return Ok(());
+                }
+                // One that joins catches up with what went before it took part.
+                let id = self.regions[at].id;
+                let others: Vec<_> = self
+                    .present()
+                    .filter(|region| region.id != id && region.is_active())
+                    .map(|region| (region.id.0, region.data.frontier()))
                     .collect();
                 let data = &self.regions[at].data;
                 let is_gone =
@@ -585,15 +667,9 @@ impl World {
         Ok(())
     }
 
-    fn frontiers_of_others(&self, at: usize) -> Vec<(u16, VersionVector)> {
-        let others = self.regions.iter().enumerate();
-        let others = others.filter(|(place, region)| *place != at && region.is_present());
-        others.map(|(_, region)| (region.id.0, region.data.frontier())).collect()
-    }
-
     fn crash(&mut self, at: usize) {
         let Some(region) = self.regions.get(at) else { return };
-        if region.status == Status::Absent {
+        if !region.exists {
             return;
         }
         self.counts.crashes += 1;
@@ -601,12 +677,7 @@ impl World {
     }
 
     fn lose_leader(&mut self, at: usize) {
-        for other in 0..self.regions.len() {
-            if other != at {
-                self.break_stream(at, other);
-                self.break_stream(other, at);
-            }
-        }
+        self.break_all(at);
         let (ids, now) = (self.ids(), self.now);
         let region = &mut self.regions[at];
         region.queue.clear();
@@ -619,9 +690,12 @@ impl World {
     }
 
     fn check(&mut self) -> Result<(), Broken> {
+        if self.is_left_out {
+            return Ok(());
+        }
         for at in std::mem::take(&mut self.touched) {
             let region = &self.regions[at];
-            if !region.is_present() {
+            if !self.takes_part(region) {
                 continue;
             }
             self.truth
@@ -636,8 +710,8 @@ impl World {
 
     fn check_believed(&self, at: usize) -> Result<(), Broken> {
         let region = &self.regions[at];
-        for other in self.regions.iter().filter(|other| other.is_present()) {
-            let Some(believed) = region.leader.acknowledged.get(&other.id) else { continue };
+        for other in self.present() {
+            let Some(believed) = region.leader.acknowledged.get(&other.actor()) else { continue };
             let actual = other.data.frontier();
             if !actual.covers_all(believed) {
                 let (one, two) = (region.id, other.id);
@@ -656,7 +730,7 @@ impl World {
             return Ok(());
         }
         let frontier = region.data.frontier();
-        for other in self.regions.iter().filter(|other| other.is_present()) {
+        for other in self.present() {
             let is_comparable = other.data.is_exact() && other.data.frontier() == frontier;
             let (mine, theirs) = (&region.data.memory.records, &other.data.memory.records);
             if is_comparable && !invariant::hold_the_same(mine, theirs) {

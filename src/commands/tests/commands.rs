@@ -419,9 +419,26 @@ async fn control_lists_are_tables_and_json() {
     eu      2             degraded  12.5s  127.0.0.1:7203
     ");
     assert_snapshot!(line("ctl region list").at(&region).await.text(), @r#"
-    {"name":"us","number":1,"local":true,"linkAddresses":["127.0.0.1:7103"],"state":"REGION_STATE_UP","lagSeconds":0.0,"shardsWithLeader":4,"nodesUp":1,"nodes":1}
-    {"name":"eu","number":2,"local":false,"linkAddresses":["127.0.0.1:7203"],"state":"REGION_STATE_DEGRADED","lagSeconds":12.5,"shardsWithLeader":0,"nodesUp":0,"nodes":0}
+    {"name":"us","number":1,"local":true,"linkAddresses":["127.0.0.1:7103"],"membership":"MEMBERSHIP_ACTIVE","incarnation":1,"state":"REGION_STATE_UP","lagSeconds":0.0,"shardsActive":4,"shardsWithLeader":4,"nodesUp":1,"nodes":1}
+    {"name":"eu","number":2,"local":false,"linkAddresses":["127.0.0.1:7203"],"membership":"MEMBERSHIP_ACTIVE","incarnation":1,"state":"REGION_STATE_DEGRADED","lagSeconds":12.5,"shardsActive":0,"shardsWithLeader":0,"nodesUp":0,"nodes":0}
     "#);
+    assert_snapshot!(line("ctl region add ap --number 3 --link a:1,b:2").on_tty().at(&region).await.text(), @"
+    REGION  NUMBER     STATE    LAG  LINK ADDRESSES
+    ap      3          joining  0s   a:1,b:2
+    ");
+    let refused = line("ctl region add eu").at(&region).await;
+    assert!(refused.exit != Exit::Ok && refused.err.contains("REGION_INVALID"), "{}", refused.err);
+    for (command, state) in [("fence", "fenced"), ("remove", "removed"), ("recover", "recovering")]
+    {
+        let said = line(&format!("ctl region {command} eu")).on_tty().at(&region).await.text();
+        assert!(said.contains(state), "{said}");
+    }
+    assert_snapshot!(line("ctl region review").on_tty().at(&region).await.text(), @"
+    NAMESPACE  KEY   DOT    VALUE
+    default    cart  2.1:7  v
+    default    list  2.1:7  (deleted)
+    ");
+    assert_snapshot!(line("ctl region review --dismiss").at(&region).await.text().lines().next().expect("a line"), @r#"{"namespace":"default","key":"cart","dot":"2.1:7","isDelete":false,"data":"v"}"#);
     let link = region.state.lock().links[1].clone();
     region.state.lock().links[1] = proto::Link {
         phase: proto::LinkPhase::Repairing.into(),

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     HybridTime,
-    command::{Check, Collect, Condition, Expire, Operation, Trim},
+    command::{Check, Collect, Condition, Expire, ForgetReviewed, Operation, StartOver, Trim},
     id::{Actor, RegionId},
     record::Content,
     testing::{MemoryRepair, MemoryState},
@@ -52,7 +52,8 @@ fn written(outcome: Outcome) -> Vec<Written> {
 }
 
 fn ingest(state: &mut MemoryState, local: u16, rule: Rule, changes: Vec<Change>) -> Ingested {
-    let command = Command::Ingest(Ingest { namespace: NS, rule, local: actor(local), changes });
+    let (local, source) = (actor(local), actor(9));
+    let command = Command::Ingest(Ingest { namespace: NS, rule, local, source, changes });
     match execute(state, &command) {
         Ok(Outcome::Ingested(ingested)) => ingested,
         other => panic!("not ingested: {other:?}"),
@@ -267,7 +268,8 @@ fn a_tombstone_goes_only_when_it_is_stable() {
     let keys: Vec<Bytes> = vec!["a".into(), "b".into(), "c".into()];
     let collect = |seq| {
         let stable = [(actor(1), seq), (actor(2), 9)].into_iter().collect();
-        Command::Collect(Collect { namespace: NS, stable, keys: keys.clone() })
+        let (keys, members) = (keys.clone(), Members::new());
+        Command::Collect(Collect { namespace: NS, stable, members, keys })
     };
     assert_eq!(execute(&mut state, &collect(2)), Ok(Outcome::Collected(0)));
     assert!(state.record(NS, b"a").unwrap().is_some());
@@ -287,7 +289,9 @@ fn a_write_after_collection_wins_where_the_tombstone_is_still_held() {
     ingest(&mut eu, 2, rule, log);
     let stable = eu.frontier(NS);
     let keys = vec!["a".into()];
-    let collected = execute(&mut eu, &Command::Collect(Collect { namespace: NS, stable, keys }));
+    let members = Members::new();
+    let collect = Command::Collect(Collect { namespace: NS, stable, members, keys });
+    let collected = execute(&mut eu, &collect);
     assert_eq!(collected, Ok(Outcome::Collected(1)));
     run(&mut eu, Write { rule, ..write(2, 5, vec![put("a", "new")]) });
     let log = eu.changes_above(NS, &us.frontier(NS));
@@ -304,7 +308,7 @@ fn a_batch_has_not_seen_of_one_key_what_a_repair_brought_of_another() {
     run(&mut us, Write { rule, ..write(1, 60, vec![put("c", "1")]) });
     let log = us.changes_above(NS, &VersionVector::new());
     // eu's repair is half done: it has brought `c` and not yet the deletion of `b`.
-    let repair = MemoryRepair { namespace: NS, rule, local: actor(2) };
+    let repair = MemoryRepair { namespace: NS, rule, local: actor(2), source: actor(1) };
     let commands = repair.commands(&eu, &us, 1);
     let brings = |command: &&Command| matches!(command, Command::Merge(it) if it.offers.iter().any(|offer| offer.key == "c"));
     let Ok(_) = execute(&mut eu, commands.iter().find(brings).unwrap());
@@ -414,7 +418,8 @@ fn collect(regions: &mut [MemoryState; 3], told: &Told, at: u16) {
         stable = stable.meet(told.get(&(at, other)).unwrap_or(&VersionVector::new()));
     }
     let keys: Vec<Bytes> = state.records.keys().map(|(_, key)| key.clone()).collect();
-    let command = Command::Collect(Collect { namespace: NS, stable, keys });
+    let members = Members::new();
+    let command = Command::Collect(Collect { namespace: NS, stable, members, keys });
     let Ok(_) = execute(state, &command);
 }
 
@@ -445,7 +450,7 @@ fn repair(
     if into == from {
         return;
     }
-    let whole = MemoryRepair { namespace: NS, rule, local: actor(into) };
+    let whole = MemoryRepair { namespace: NS, rule, local: actor(into), source: actor(from) };
     let source = regions[usize::from(from) - 1].clone();
     let receiver = &mut regions[usize::from(into) - 1];
     for command in whole.commands(receiver, &source, 1).iter().take(commands) {
@@ -513,4 +518,112 @@ proptest! {
             prop_assert_eq!(&regions[0].frontiers, &other.frontiers);
         }
     }
+}
+
+#[test]
+fn a_region_that_is_not_active_in_this_very_incarnation_writes_nothing() {
+    let mut eu = MemoryState::default();
+    let set = |state: &mut MemoryState, incarnation, is: MemberState| {
+        let member = Member { incarnation, state: is };
+        execute(state, &Command::Learn([(RegionId(2), member)].into_iter().collect())).unwrap();
+        member
+    };
+    let one = Command::Write(write(2, 1, vec![put("k", "v")]));
+    assert!(matches!(execute(&mut eu, &one), Ok(Outcome::Written(_))));
+    for state in [MemberState::Regressed, MemberState::Fenced] {
+        let member = set(&mut eu, 1, state);
+        assert_eq!(execute(&mut eu, &one), Ok(Outcome::NotActive(member)));
+    }
+    let member = set(&mut eu, 2, MemberState::Active);
+    assert_eq!(
+        execute(&mut eu, &one),
+        Ok(Outcome::NotActive(member)),
+        "stamped in its former life"
+    );
+    let mut next = write(2, 1, vec![put("k", "w")]);
+    next.actor.incarnation = 2;
+    assert!(matches!(execute(&mut eu, &Command::Write(next)), Ok(Outcome::Written(_))));
+}
+
+#[test]
+fn nothing_comes_from_a_region_that_is_shut_out_but_others_pass_on_what_it_wrote() {
+    let (mut us, mut eu) = (MemoryState::default(), MemoryState::default());
+    execute(&mut us, &Command::Write(write(1, 1, vec![put("k", "v")]))).unwrap();
+    let fenced = Member { incarnation: 1, state: MemberState::Fenced };
+    execute(&mut eu, &Command::Learn([(RegionId(1), fenced)].into_iter().collect())).unwrap();
+    let changes = us.changes_above(NS, &VersionVector::new());
+    let from = |source| {
+        let (rule, local, changes) = (Rule::Lww, actor(2), changes.clone());
+        Command::Ingest(Ingest { namespace: NS, rule, local, source, changes })
+    };
+    let Ok(Outcome::Ingested(ingested)) = execute(&mut eu, &from(actor(1))) else { panic!() };
+    assert_eq!((ingested.applied, ingested.stopped), (0, Some(Stopped::SourceOut)));
+    let repair = MemoryRepair { namespace: NS, rule: Rule::Lww, local: actor(2), source: actor(1) };
+    for command in repair.commands(&eu, &us, 9) {
+        assert_eq!(execute(&mut eu, &command), Ok(Outcome::SourceOut));
+    }
+    let Ok(Outcome::Ingested(ingested)) = execute(&mut eu, &from(actor(3))) else { panic!() };
+    assert_eq!((ingested.applied, ingested.stopped), (1, None));
+}
+
+#[test]
+fn starting_over_drops_all_and_keeps_for_review_what_nobody_else_has() {
+    let mut eu = MemoryState::default();
+    let ingested = Change {
+        actor: actor(1),
+        first_seq: 1,
+        depends_on: VersionVector::new(),
+        ahead_by: VersionVector::new(),
+        deltas: vec![Delta {
+            key: Bytes::from_static(b"theirs"),
+            sibling: Sibling {
+                dot: Dot { actor: actor(1), seq: 1 },
+                time: HybridTime::ZERO,
+                content: Content::value("t"),
+            },
+            supersedes: Vec::new(),
+        }],
+    };
+    let (rule, local, source) = (Rule::Lww, actor(2), actor(1));
+    let ingest = Ingest { namespace: NS, rule, local, source, changes: vec![ingested] };
+    execute(&mut eu, &Command::Ingest(ingest)).unwrap();
+    for (key, value) in [("known", "1"), ("alone", "2"), ("alone", "3")] {
+        execute(&mut eu, &Command::Write(write(2, 1, vec![put(key, value)]))).unwrap();
+    }
+    let known = [(NS, [(actor(2), 1)].into_iter().collect())].into();
+    let reborn = Actor { incarnation: 2, ..actor(2) };
+    let start = Command::StartOver(StartOver { local: reborn, known });
+    execute(&mut eu, &start).unwrap();
+    assert!(eu.records.is_empty() && eu.changes.is_empty() && eu.frontiers.is_empty());
+    let kept: Vec<_> = eu.review.values().map(|held| (held.dot.seq, &held.content)).collect();
+    assert_eq!(kept, [(3, &Content::value("3"))]);
+    let joining = Member { incarnation: 2, state: MemberState::Joining };
+    assert_eq!(eu.members.get(RegionId(2)), joining);
+
+    execute(&mut eu, &Command::Write(write(2, 1, vec![put("k", "v")]))).unwrap();
+    let before = eu.clone();
+    execute(&mut eu, &start).unwrap();
+    assert_eq!(eu, before, "once for each incarnation");
+
+    let writes = vec![(Bytes::from_static(b"alone"), Dot { actor: actor(2), seq: 3 })];
+    execute(&mut eu, &Command::ForgetReviewed(ForgetReviewed { namespace: NS, writes })).unwrap();
+    assert!(eu.review.is_empty());
+}
+
+#[test]
+fn nothing_is_dropped_once_a_region_has_come_that_was_not_counted() {
+    let mut eu = MemoryState::default();
+    let mut removal = put("k", "v");
+    removal.content = Content::Tombstone;
+    execute(&mut eu, &Command::Write(write(2, 1, vec![removal]))).unwrap();
+    let joining = Member { incarnation: 1, state: MemberState::Joining };
+    execute(&mut eu, &Command::Learn([(RegionId(4), joining)].into_iter().collect())).unwrap();
+    let collect = |members| {
+        let (stable, keys) =
+            ([(actor(2), 1)].into_iter().collect(), vec![Bytes::from_static(b"k")]);
+        Command::Collect(Collect { namespace: NS, stable, members, keys })
+    };
+    assert_eq!(execute(&mut eu, &collect(Members::new())), Ok(Outcome::Collected(0)));
+    let members = eu.members.clone();
+    assert_eq!(execute(&mut eu, &collect(members)), Ok(Outcome::Collected(1)));
 }

@@ -60,7 +60,7 @@ impl Comparer {
         limit: usize,
     ) -> Result<Differences, CompareError> {
         let failed = |error: String| CompareError(error);
-        let region: &Region = shard
+        let region: Region = shard
             .topology()
             .region(peer)
             .ok_or_else(|| failed(format!("there is no region {peer}")))?;
@@ -69,6 +69,7 @@ impl Comparer {
             let repair = Repair {
                 shard: shard.clone(),
                 peer: region.clone(),
+                source: shard.actor_of(peer),
                 address: address.clone(),
                 namespace: Arc::clone(namespace),
                 channels: self.channels.clone(),

@@ -13,10 +13,10 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tombolo_cluster::Region;
 use tombolo_core::{
-    Dot, VersionVector,
+    Actor, Dot, Members, VersionVector,
     command::Merge,
     ledger::LedgerEntry,
-    merkle::{Tree, digest},
+    merkle::{Block, Tree, digest},
     namespace::Namespace,
     repair::{self, Offer, Trust},
 };
@@ -43,6 +43,9 @@ use crate::{
 pub(crate) enum Purpose {
     /// Take over whatever the source has and this region lacks, and move the frontier.
     CatchUp,
+    /// The same, for a region that has nothing yet or may not trust what it has; prove at the end that
+    /// both are equal, where that can be told.
+    Seed,
     /// Look for damage: what differs although both have applied the same.
     Check,
 }
@@ -59,14 +62,19 @@ pub(super) enum Ask {
 }
 
 /// What a repair found and did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Found {
-    /// Both hold the same.
-    Equal,
+    /// Both hold the same, and the source knew these members.
+    Equal(Members),
     /// The two were not at the same point: what differs may be under way.
     Moving,
     /// What was lacking is here.
-    CaughtUp,
+    CaughtUp {
+        /// At the source's cut, both trees were equal.
+        proved: bool,
+        /// What the source knew of the regions.
+        members: Members,
+    },
     /// Both had applied the same and held different data; now both sides' data is here.
     Damage {
         /// Leaves that differed.
@@ -83,13 +91,13 @@ pub(crate) enum RepairError {
     /// Two writes carry one dot.
     #[error(
         "two different writes carry the identity {0}: the counters of its region went back; \
-         restore that region under a new incarnation"
+         `tombolo ctl region recover` gives that region a new incarnation"
     )]
     DotReused(Dot),
     /// The source knows more writes of this region than it does itself.
     #[error(
         "the peer holds a write of this region that this region does not know: its counters went \
-         back; restore it under a new incarnation"
+         back; `tombolo ctl region recover`, run in another region, gives it a new incarnation"
     )]
     OwnChangeUnknown,
 }
@@ -110,6 +118,8 @@ impl From<Status> for RepairError {
 pub(crate) struct Repair {
     pub(crate) shard: Shard,
     pub(crate) peer: Region,
+    /// The same, in its present life.
+    pub(crate) source: Actor,
     /// Where the peer's leader of the shard is.
     pub(crate) address: String,
     pub(crate) namespace: Arc<Namespace>,
@@ -132,14 +142,14 @@ const LISTED_MAX: usize = 4096;
 impl Repair {
     /// Repairs. Dropping it is safe at any moment: what is merged stays merged.
     pub(crate) async fn run(self, purpose: Purpose) -> Result<Found, RepairError> {
-        if purpose == Purpose::CatchUp {
+        if purpose != Purpose::Check {
             self.settle().await?;
         }
         let mut damage = None;
         for _ in 0..ATTEMPTS_MAX {
             let comparison =
                 self.compare(if damage.is_some() { Ask::Everything } else { Ask::Lacking }).await?;
-            let own = self.shard.topology().actor();
+            let own = self.shard.actor();
             let claimed = comparison.cut.get(own).max(comparison.ahead.get(own));
             if comparison.since.get(own) < claimed {
                 // Before anything is merged: records that have seen these writes would swallow the
@@ -149,7 +159,7 @@ impl Repair {
             let same_point = comparison.is_at_same_point();
             let leaves = comparison.leaves.len();
             match (same_point, damage, purpose) {
-                (true, None, _) if leaves == 0 => return Ok(Found::Equal),
+                (true, None, _) if leaves == 0 => return Ok(Found::Equal(comparison.members)),
                 (true, None, _) => {
                     tracing::error!(
                         shard = %self.shard.id(),
@@ -163,23 +173,26 @@ impl Repair {
                     damage = Some(leaves);
                 }
                 (true, Some(_), _) => {
-                    if comparison.merge(self.session(Trust::Neither, leaves)).await? {
+                    let session = self.session(Trust::Neither, leaves, purpose);
+                    if comparison.merge(session).await?.is_some() {
                         return Ok(Found::Damage { leaves: damage.unwrap_or(leaves) });
                     }
                     damage = None;
                 }
                 (false, _, Purpose::Check) => return Ok(Found::Moving),
-                (false, _, Purpose::CatchUp) => {
+                (false, _, Purpose::CatchUp | Purpose::Seed) => {
                     damage = None;
-                    if comparison.merge(self.session(Trust::Coverage, leaves)).await? {
-                        return Ok(Found::CaughtUp);
+                    let session = self.session(Trust::Coverage, leaves, purpose);
+                    let members = comparison.members.clone();
+                    if let Some(proved) = comparison.merge(session).await? {
+                        return Ok(Found::CaughtUp { proved, members });
                     }
                 }
             }
         }
         match purpose {
             Purpose::Check => Ok(Found::Moving),
-            Purpose::CatchUp => Err(RepairError::Broken(
+            Purpose::CatchUp | Purpose::Seed => Err(RepairError::Broken(
                 "changes of other regions kept coming during the repair".to_owned(),
             )),
         }
@@ -193,6 +206,8 @@ impl Repair {
         let nothing = Merge {
             namespace: self.namespace.id,
             rule: self.namespace.rule,
+            local: self.shard.actor(),
+            source: self.source,
             cut: VersionVector::new(),
             ahead: VersionVector::new(),
             trust: Trust::Coverage,
@@ -203,10 +218,10 @@ impl Repair {
         Ok(())
     }
 
-    fn session(&self, trust: Trust, leaves: usize) -> Session<'_> {
+    fn session(&self, trust: Trust, leaves: usize, purpose: Purpose) -> Session<'_> {
         let (offers, ledger) = (Vec::new(), Vec::new());
         let progress = RepairProgress::new(leaves);
-        Session { repair: self, trust, offers, ledger, bytes: 0, progress }
+        Session { repair: self, purpose, trust, offers, ledger, bytes: 0, progress }
     }
 
     fn key(&self) -> LinkKey {
@@ -230,7 +245,11 @@ impl Repair {
         let start = start.await.map_err(|_| broken("this side's data cannot be read"))?;
 
         let open = pb::RepairOpen {
-            identity: Some(wire::link_identity(self.shard.topology(), &self.peer)),
+            identity: Some(wire::link_identity(
+                self.shard.topology(),
+                self.shard.own_member(),
+                &self.peer,
+            )),
             shard: u32::from(self.shard.id().0),
             namespace: self.namespace.id.0,
             frontier: wire::encode_frontier(&start.frontier),
@@ -263,6 +282,7 @@ impl Repair {
             return Err(broken("the peer did not begin with its cut"));
         };
         let mut differing = Vec::new();
+        let mut nodes = Box::new(start.tree.nodes());
         for node in cut.nodes {
             let high = u8::try_from(node.node).ok();
             let block = decode_block(&node.leaves);
@@ -270,13 +290,17 @@ impl Repair {
                 return Err(broken("the peer sent a malformed node"));
             };
             differing.extend(repair::differing_leaves(&start.tree, high, &block));
+            nodes[usize::from(high)] = block.iter().fold(0, |node, leaf| node ^ leaf);
         }
         Ok(Comparison {
             since: start.frontier,
             ahead_here: start.ahead,
             cut: wire::decode_frontier(cut.frontier)?,
             ahead: wire::decode_frontier(cut.ahead)?,
+            members: wire::decode_members(cut.members)?,
+            local: self.shard.actor(),
             leaves: differing,
+            nodes,
             to_list: leaves,
             listed: answers_of,
             stream,
@@ -375,8 +399,14 @@ pub(super) struct Comparison {
     /// What the other side had applied.
     cut: VersionVector,
     ahead: VersionVector,
+    /// What the other side knew of the regions.
+    members: Members,
+    /// This region, in its present life.
+    local: Actor,
     /// Where the trees differ.
     leaves: Vec<u16>,
+    /// The middle level of the other side's tree.
+    nodes: Box<Block>,
     to_list: oneshot::Sender<Vec<u16>>,
     listed: mpsc::Receiver<Result<Listed, StorageError>>,
     stream: Streaming<pb::RepairResponse>,
@@ -389,6 +419,13 @@ impl Comparison {
     pub(super) fn is_at_same_point(&self) -> bool {
         let is_exact = self.since.covers_all(&self.ahead_here) && self.cut.covers_all(&self.ahead);
         is_exact && self.since == self.cut
+    }
+
+    /// Whether all that this side had is known to the other at its cut, so that once that is merged
+    /// both trees are equal.
+    fn contains_this_side(&self) -> bool {
+        let here = [&self.since, &self.ahead_here, &self.ahead];
+        here.into_iter().all(|vector| self.cut.covers_all(vector))
     }
 
     /// The keys that differ, each with what the other side holds of it; at most `limit`, and whether
@@ -457,15 +494,16 @@ impl Comparison {
         }
     }
 
-    /// Takes over what differs. Answers whether all of it is here: if not, changes came in between
-    /// that make the comparison void.
-    async fn merge(mut self, mut session: Session<'_>) -> Result<bool, RepairError> {
+    /// Takes over what differs. Once all of it is here, answers whether that is proved. `None` if
+    /// changes came in between that make the comparison void.
+    async fn merge(mut self, mut session: Session<'_>) -> Result<Option<bool>, RepairError> {
         self.start_listing();
         session.show();
         let mut offered = Vec::new();
         loop {
             match self.next().await? {
                 Some(pb::repair_response::Body::Answer(answer)) => {
+                    check(answer.checksum, &answer.offers)?;
                     for encoded in answer.offers {
                         offered.push(session.offer(encoded)?);
                     }
@@ -482,6 +520,7 @@ impl Comparison {
                     }
                 }
                 Some(pb::repair_response::Body::Rest(rest)) => {
+                    check(rest.checksum, rest.offers.iter().chain(&rest.ledger))?;
                     for encoded in rest.offers {
                         session.offer(encoded)?;
                     }
@@ -496,19 +535,20 @@ impl Comparison {
                 None => return Err(broken("the peer ended the repair")),
             }
             if session.bytes >= MERGE_BYTES_MAX && !session.flush(&self).await? {
-                return Ok(false);
+                return Ok(None);
             }
         }
         if session.progress.leaves_done < session.progress.leaves_total {
             return Err(self.ended_early().await);
         }
-        Ok(session.flush(&self).await? && session.finish(&self).await?)
+        if session.flush(&self).await? { session.finish(&self).await } else { Ok(None) }
     }
 }
 
 /// What has come and is not merged yet, and how far it is.
 struct Session<'a> {
     repair: &'a Repair,
+    purpose: Purpose,
     trust: Trust,
     offers: Vec<Offer>,
     ledger: Vec<LedgerEntry>,
@@ -545,6 +585,8 @@ impl Session<'_> {
         let merge = Merge {
             namespace: namespace.id,
             rule: namespace.rule,
+            local: comparison.local,
+            source: self.repair.source,
             cut: comparison.cut.clone(),
             ahead: comparison.ahead.clone(),
             trust: self.trust,
@@ -579,19 +621,39 @@ impl Session<'_> {
         Ok(true)
     }
 
-    /// Moves the frontier to the cut.
-    async fn finish(&self, comparison: &Comparison) -> Result<bool, RepairError> {
+    /// Moves the frontier to the cut, and answers whether it is proved that both are equal there.
+    async fn finish(&self, comparison: &Comparison) -> Result<Option<bool>, RepairError> {
         if self.trust == Trust::Neither {
-            return Ok(true);
+            return Ok(Some(false));
+        }
+        let proved = self.purpose == Purpose::Seed && comparison.contains_this_side();
+        if proved {
+            self.prove(comparison)?;
         }
         let Repair { shard, namespace, .. } = self.repair;
         let (since, cut) = (comparison.since.clone(), comparison.cut.clone());
         let (ahead, deadline) = (comparison.ahead.clone(), Instant::now() + MERGE_TIMEOUT);
-        match shard.advance(namespace.id, since, cut, ahead, deadline).await? {
-            Advanced::Done => Ok(true),
-            Advanced::Moved => Ok(false),
+        let source = self.repair.source;
+        let between = (comparison.local, source);
+        match shard.advance(namespace.id, between, since, cut, ahead, deadline).await? {
+            Advanced::Done => Ok(Some(proved)),
+            Advanced::Moved => Ok(None),
             Advanced::OwnChangeUnknown => Err(RepairError::OwnChangeUnknown),
         }
+    }
+
+    /// Compares this side's tree with the source's, now that everything of its cut is merged.
+    fn prove(&self, comparison: &Comparison) -> Result<(), RepairError> {
+        let Repair { shard, namespace, peer, .. } = self.repair;
+        let nodes = shard.store().cut(namespace.id).tree().nodes();
+        let differing = repair::differing_nodes(&nodes, &comparison.nodes).len();
+        if differing == 0 {
+            return Ok(());
+        }
+        self.repair.statuses.count_repair(peer.id, |counts| counts.damage += 1);
+        Err(RepairError::Broken(format!(
+            "all of the peer's data is here and {differing} nodes of the Merkle tree differ; begins again"
+        )))
     }
 
     fn show(&self) {
@@ -602,6 +664,10 @@ impl Session<'_> {
             status.repair = Some(progress);
         });
     }
+}
+
+fn check<'a>(sum: u64, parts: impl IntoIterator<Item = &'a Bytes>) -> Result<(), RepairError> {
+    if wire::checksum(parts) == sum { Ok(()) } else { Err(broken("a page arrived damaged")) }
 }
 
 fn decode_offer(encoded: Bytes) -> Result<Offer, RepairError> {

@@ -122,6 +122,7 @@ impl<'a> Session<'a> {
             frontier: wire::encode_frontier(self.cut.frontier()),
             ahead: wire::encode_frontier(self.cut.ahead()),
             nodes: differing.into_iter().map(node).collect(),
+            members: wire::encode_members(self.cut.members()),
         }))
     }
 
@@ -133,14 +134,10 @@ impl<'a> Session<'a> {
         let mut page = Page::default();
         for offer in &answer.offers {
             if let Some(offers) = page.add(offer.to_bytes()) {
-                let more =
-                    pb::RepairAnswer { leaf: asked.leaf, offers, unknown: Vec::new(), more: true };
-                self.send(pb::repair_response::Body::Answer(more))?;
+                self.send(leaf_answer(asked.leaf, offers, Vec::new(), true))?;
             }
         }
-        let (offers, unknown) = (page.encoded, answer.unknown);
-        let last = pb::RepairAnswer { leaf: asked.leaf, offers, unknown, more: false };
-        self.send(pb::repair_response::Body::Answer(last))
+        self.send(leaf_answer(asked.leaf, page.encoded, answer.unknown, false))
     }
 
     /// Sends what trees do not show: first the ledger, then records.
@@ -214,12 +211,22 @@ impl Page {
     }
 }
 
+fn leaf_answer(
+    leaf: u32,
+    offers: Vec<Bytes>,
+    unknown: Vec<u64>,
+    more: bool,
+) -> pb::repair_response::Body {
+    let checksum = wire::checksum(&offers);
+    pb::repair_response::Body::Answer(pb::RepairAnswer { leaf, offers, unknown, more, checksum })
+}
+
 fn ledger_page(ledger: Vec<Bytes>) -> pb::RepairRest {
-    pb::RepairRest { offers: Vec::new(), ledger }
+    pb::RepairRest { checksum: wire::checksum(&ledger), offers: Vec::new(), ledger }
 }
 
 fn offers_page(offers: Vec<Bytes>) -> pb::RepairRest {
-    pb::RepairRest { offers, ledger: Vec::new() }
+    pb::RepairRest { checksum: wire::checksum(&offers), offers, ledger: Vec::new() }
 }
 
 fn malformed(expected: &str) -> Status {

@@ -78,6 +78,8 @@ fn a_repair_makes_two_stores_equal_and_jumps_over_what_the_log_never_had() {
     let merge = Merge {
         namespace: LWW,
         rule: Rule::Lww,
+        local: REMOTE,
+        source: LOCAL,
         cut: cut.clone(),
         ahead: ahead.clone(),
         trust: Trust::Coverage,
@@ -89,7 +91,14 @@ fn a_repair_makes_two_stores_equal_and_jumps_over_what_the_log_never_had() {
     assert!(!receiver.is_exact(LWW), "the frontier does not say yet what is here");
     assert_eq!(receiver.summary(LWW).root, source.summary(LWW).root);
 
-    let advance = Advance { namespace: LWW, local: REMOTE, since: known, cut: cut.clone(), ahead };
+    let advance = Advance {
+        namespace: LWW,
+        local: REMOTE,
+        source: LOCAL,
+        since: known,
+        cut: cut.clone(),
+        ahead,
+    };
     let outcomes = run(&receiver, &[Command::Advance(advance)]);
     assert_eq!(outcomes, [Outcome::Advanced(cut)]);
     assert_eq!(receiver.summary(LWW), source.summary(LWW));

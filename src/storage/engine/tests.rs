@@ -25,11 +25,13 @@ fn another_format_is_refused_with_both_versions() {
         drop((store, shard));
         refused(dir.path())
     };
-    let error = refused_of(3);
-    assert!(matches!(error, StorageError::NewerFormat { found: 3, known: 2, .. }), "{error}");
-    let error = refused_of(1);
-    assert!(matches!(error, StorageError::OlderFormat { found: 1, known: 2, .. }), "{error}");
-    assert!(error.to_string().contains("dump"), "{error}");
+    let error = refused_of(4);
+    assert!(matches!(error, StorageError::NewerFormat { found: 4, known: 3, .. }), "{error}");
+    for older in [1, 2] {
+        let error = refused_of(older);
+        assert!(matches!(error, StorageError::OlderFormat { known: 3, .. }), "{error}");
+        assert!(error.to_string().contains("dump"), "{error}");
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::*;
 use crate::testing::*;
 use proptest::prelude::*;
-use tombolo_core::{Command, command::Write};
+use tombolo_core::{Command, Member, MemberState, command::Write, execute};
 
 fn keys_of(page: &ScanPage) -> Vec<String> {
     page.records.iter().map(|(key, _)| String::from_utf8(key.to_vec()).unwrap()).collect()
@@ -131,7 +131,10 @@ fn the_ledger_is_read_in_pages_and_by_id() {
             actor: tombolo_core::Actor { incarnation: 9 + u32::from(at), ..REMOTE },
             ..write(5, vec![put(&mine, "theirs")])
         };
-        let Ok(_) = tombolo_core::execute(&mut theirs, &Command::Write(remote));
+        let member = Member { incarnation: 9 + u32::from(at), state: MemberState::Active };
+        let Ok(_) =
+            execute(&mut theirs, &Command::Learn([(REMOTE.region, member)].into_iter().collect()));
+        let Ok(_) = execute(&mut theirs, &Command::Write(remote));
         let changes = theirs.changes_above(LWW, &tombolo_core::VersionVector::new());
         run(&shard, &[ingest(LWW, LOCAL, changes)]);
     }

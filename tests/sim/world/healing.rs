@@ -6,7 +6,7 @@ use tombolo_core::{RegionId, Rule, invariant::Invariant};
 
 use crate::{
     link::{Link, Reply},
-    region::{Region, Status},
+    region::Region,
     truth::Broken,
 };
 
@@ -26,8 +26,11 @@ impl World {
                 return Err((Invariant::Convergence, self.why_not_quiet()));
             }
             self.round()?;
+            if self.is_left_out {
+                return Ok(());
+            }
         }
-        for region in self.regions.iter().filter(|region| region.is_present()) {
+        for region in self.present() {
             if self.rule == Rule::Lww {
                 self.truth.check_ledger(&region.data)?;
             }
@@ -48,7 +51,7 @@ impl World {
     }
 
     pub(super) fn tombstone(&self) -> Option<String> {
-        let present = self.regions.iter().filter(|region| region.is_present());
+        let present = self.present();
         present.flat_map(|it| it.data.memory.records.iter().map(|record| (it.id, record))).find_map(
             |(id, ((_, key), record))| {
                 let context = record.context();
@@ -64,9 +67,8 @@ impl World {
             self.round()?;
         }
         self.received.fill(0);
-        let members: Vec<usize> = (0..self.regions.len())
-            .filter(|&at| self.regions[at].status == Status::Member)
-            .collect();
+        let members: Vec<usize> =
+            (0..self.regions.len()).filter(|&at| self.takes_part(&self.regions[at])).collect();
         for &at in &members {
             self.write(at, &[(0, false)], false, None);
             self.commit(at)?;
@@ -97,6 +99,7 @@ impl World {
     pub(super) fn round(&mut self) -> Result<(), Broken> {
         self.now += Duration::from_millis(500);
         for at in 0..self.regions.len() {
+            while self.hear(at, 0) {}
             self.tick(at);
         }
         for (puller, source) in self.pairs() {
@@ -120,12 +123,16 @@ impl World {
 
     /// Whether all regions that take part have all, and nothing is under way.
     pub(super) fn is_quiet(&self) -> bool {
-        let mut present = self.regions.iter().filter(|region| region.is_present());
+        if self.is_unfinished() {
+            return false;
+        }
+        let mut present = self.present();
         let Some(first) = present.next() else { return true };
         let frontier = first.data.frontier();
         let is_settled =
             |region: &Region| {
-                region.status == Status::Member
+                region.is_active()
+                    && *region.members() == self.decided
                     && region.queue.is_empty()
                     && region.data.is_exact()
                     && region.data.frontier() == frontier
@@ -147,11 +154,11 @@ impl World {
     }
 
     pub(super) fn is_out(&self, id: RegionId) -> bool {
-        self.regions.iter().any(|region| region.id == id && !region.is_present())
+        self.regions.iter().any(|region| region.id == id && !self.takes_part(region))
     }
 
     pub(super) fn why_not_quiet(&self) -> String {
-        let present = self.regions.iter().filter(|region| region.is_present());
+        let present = self.present();
         let told = present.map(|region| {
             let waits = region.leader.streams.iter().filter_map(|(source, stream)| {
                 let id = self.regions[*source].id;
@@ -164,7 +171,7 @@ impl World {
             let waits: String = waits.collect();
             let (id, data) = (region.id, &region.data);
             let (frontier, ahead) = (data.frontier(), data.ahead());
-            format!("region {id} {:?} has {frontier}, ahead {ahead}{waits}", region.status)
+            format!("region {id} {:?} has {frontier}, ahead {ahead}{waits}", region.member())
         });
         format!("the regions do not come together: {}", told.collect::<Vec<_>>().join(" | "))
     }

@@ -1,280 +1,373 @@
-//! What may be forgotten, and who is counted: collection, joining, restoring and fencing.
+//! Regions that are added, fenced, come back and are restored: what an operator decides, how each
+//! region hears of it, and what it does then.
 //!
-//! The server collects as here (`collect` of `tombolo-shard`); it does not have membership yet. The
-//! rules that it must follow are at [`World::join`], [`World::restore`] and [`World::fence`].
+//! An operator's act is a record. Every region hears of each, at its own moment, in the order in which
+//! they were made, and proposes it to its own log; what its log has applied is what it knows. A region
+//! that was fenced hears nothing more until one that knows of its return talks to it.
+//!
+//! What is true beside that, the simulation knows: who *takes part* (the present life of a region that
+//! no record shuts out), and whose writes can still come to those (see [`World::seal`]).
 
-use bytes::Bytes;
+use std::collections::BTreeSet;
+
 use tombolo_core::{
-    Command, Content, Dot, RegionId, VersionVector,
-    command::{Collect, Expire, Trim},
-    record::Sibling,
-    stability,
+    Actor, Command, Member, MemberState, Members, RegionId, VersionVector, command::StartOver,
+    execute, invariant::Invariant,
 };
 
 use crate::{
+    link::{Due, Stream},
     mutant::Mutant,
-    region::{Data, NAMESPACE, Status, Waiter},
+    region::{Data, NAMESPACE, Region, Waiter},
     repair::Answer,
     truth::Broken,
 };
 
 use super::World;
 
+/// Fewer regions are never left than this.
+const LEFT_MIN: usize = 2;
+
+/// A life of a region that is over, or that nobody should take from any more.
+#[derive(Debug)]
+pub(super) struct Ended {
+    at: usize,
+    actor: Actor,
+    /// What it had applied at its end; `None` while it goes on, not knowing.
+    left: Option<VersionVector>,
+}
+
 impl World {
-    /// The regions that count: all that take part, and fenced ones while something of them may
-    /// still be under way among the others.
-    pub(super) fn counted(&self, at: usize) -> Vec<usize> {
-        let counts = |other: &usize| match self.regions[*other].status {
-            Status::Member | Status::Joining => true,
-            Status::Absent => false,
-            Status::Fenced => !self.is_uncounted(at, *other),
-        };
-        (0..self.regions.len()).filter(|&other| other != at).filter(counts).collect()
+    /// Whether a region takes part: the operator counts its present life in.
+    pub(super) fn takes_part(&self, region: &Region) -> bool {
+        region.exists && self.decided.admit(region.actor())
     }
 
-    /// Whether this region has all that any other has of a fenced one, and none takes more.
-    pub(super) fn is_uncounted(&self, at: usize, fenced: usize) -> bool {
-        if self.is(Mutant::UncountAtOnce) {
-            return true;
-        }
-        let local = self.regions[at].data.frontier();
-        let told = self.regions[at].leader.fences.get(&self.regions[fenced].id);
-        let others = self.regions.iter().enumerate();
-        let mut others = others.filter(|(place, region)| *place != at && region.is_present());
-        others.all(|(_, other)| {
-            let of = told.and_then(|told| told.get(&other.id));
-            of.is_some_and(|of| local.covers_all(of))
-        })
+    /// The regions that take part.
+    pub(super) fn present(&self) -> impl Iterator<Item = &Region> {
+        self.regions.iter().filter(|region| self.takes_part(region))
     }
 
-    pub(super) fn stable(&self, at: usize) -> VersionVector {
-        let region = &self.regions[at];
-        let acknowledged = &region.leader.acknowledged;
-        let counted = self.counted(at).into_iter().map(|other| self.regions[other].id);
-        stability::stable(&region.data.frontier(), counted.map(|id| acknowledged.get(&id)))
+    /// Whether the last region that was added, comes back or was restored does not take writes yet.
+    pub(super) fn is_unfinished(&self) -> bool {
+        self.decided.iter().any(|(_, member)| member.state.is_joining())
     }
 
-    pub(super) fn trim(&mut self, at: usize, keep: Option<u8>) {
-        let Some(region) = self.regions.get(at) else { return };
-        if !region.is_present() {
-            return;
-        }
-        let mut upto = self.stable(at);
-        if let Some(keep) = keep {
-            let frontier = region.data.frontier();
-            for (actor, _) in frontier.iter() {
-                let log = region.data.log(actor, region.data.trimmed().get(actor) + 1);
-                let kept = log.iter().rev().take(usize::from(keep)).next_back();
-                let seq = kept.map_or(frontier.get(actor), |change| change.first_seq - 1);
-                self.counts.trimmed += seq.saturating_sub(upto.get(actor));
-                upto.advance(actor, seq);
-            }
-        }
-        self.propose(at, Command::Trim(Trim { namespace: NAMESPACE, upto }), Waiter::Nobody);
+    /// The record of what an operator decided.
+    fn decide(&mut self, region: RegionId, member: Member) {
+        self.decided.learn(region, member);
+        self.acts.push((region, member));
     }
 
-    pub(super) fn collect(&mut self, at: usize) {
-        let collects_early = self.is(Mutant::CollectBeforeRepair);
-        let counted = match self.regions.get(at).map(|region| region.status) {
-            Some(Status::Member) => self.counted(at),
-            Some(Status::Joining) if collects_early => self.counted(at),
-            Some(_) | None => return,
-        };
-        let ids: Vec<RegionId> = counted.into_iter().map(|other| self.regions[other].id).collect();
-        let by_acknowledged = self.stable(at);
-        let (at_once, acknowledged, silence) = (
-            self.is(Mutant::CollectAtOnce),
-            self.is(Mutant::CollectByAcknowledged),
-            self.is(Mutant::SilenceCounts),
-        );
-        let region = &mut self.regions[at];
-        let local = region.data.frontier();
-        let told = &mut region.leader.told;
-        let settled = ids.into_iter().filter_map(|id| match told.get_mut(&id) {
-            Some(told) => Some(told.settled(id, &local).clone()),
-            None if silence => None,
-            None => Some(VersionVector::new()),
-        });
-        let stable = if at_once {
-            local.clone()
-        } else if acknowledged {
-            by_acknowledged
-        } else {
-            stability::collectable(&local, settled)
-        };
-        let dead = region.data.memory.held(NAMESPACE).filter(|(_, record)| record.is_dead());
-        let keys: Vec<Bytes> = dead
-            .filter(|(_, record)| stable.covers_all(record.context()))
-            .map(|(key, _)| key.clone())
-            .collect();
-        if !keys.is_empty() {
-            let collect = Collect { namespace: NAMESPACE, stable, keys };
-            self.propose(at, Command::Collect(collect), Waiter::Nobody);
-        }
-    }
-
-    /// Values that this region wrote and that have expired become deletions.
-    pub(super) fn expire(&mut self, at: usize) {
-        let (rule, now) = (self.rule, self.now);
-        let Some(region) = self.regions.get_mut(at) else { return };
-        if !matches!(region.status, Status::Member | Status::Fenced) {
-            return;
-        }
-        let time = region.stamp(now);
-        let is_over = |held: &Sibling| {
-            let is_own = held.dot.actor.region == region.id;
-            is_own && held.content != Content::Tombstone && held.content.live_at(time).is_none()
-        };
-        let values: Vec<(Bytes, Dot)> = region
-            .data
-            .memory
-            .held(NAMESPACE)
-            .flat_map(|(key, record)| record.siblings().iter().map(move |held| (key, held)))
-            .filter(|(_, held)| is_over(held))
-            .map(|(key, held)| (key.clone(), held.dot))
-            .collect();
-        if !values.is_empty() {
-            let actor = region.actor();
-            let expire = Expire { namespace: NAMESPACE, rule, actor, time, values };
-            self.propose(at, Command::Expire(expire), Waiter::Client);
-        }
-    }
-
-    /// A region that did not exist, or was fenced, is admitted.
-    ///
-    /// It begins empty and under a new incarnation: what a fenced region wrote alone goes to its
-    /// review queue, because the others may have dropped tombstones that it never saw. All others
-    /// count it, as having nothing, before it repairs. It writes, tells what it has applied, and drops
-    /// tombstones after it has repaired from each of them: before, it may lack writes of its former
-    /// life that are still to come to others, or to itself. One region joins at a time.
+    /// A new region is added, or one that was fenced may come back.
     pub(super) fn join(&mut self, at: usize) -> Result<(), Broken> {
         let Some(region) = self.regions.get(at) else { return Ok(()) };
-        if region.is_present() || self.is_joining() {
+        let (id, is_new) = (region.id, !region.exists);
+        if self.takes_part(region) || self.is_unfinished() {
             return Ok(());
         }
         self.counts.joins += 1;
-        let was_fenced = region.status == Status::Fenced;
-        let keep = was_fenced && self.is(Mutant::KeepFencedWrites);
-        self.lose_leader(at);
-        let region = &mut self.regions[at];
-        if was_fenced {
-            region.incarnation += 1;
+        let incarnation = self.decided.get(id).incarnation + u32::from(!is_new);
+        self.decide(id, Member { incarnation, state: MemberState::Joining });
+        if is_new {
+            self.regions[at].exists = true;
+            self.lose_leader(at);
+            self.begin_life(at)?;
         }
-        if !keep {
-            let forgets_deletions = region.data.forgets_deletions;
-            region.data = Data { forgets_deletions, ..Data::default() };
-        }
-        region.backup = None;
-        self.admit(at);
         Ok(())
     }
 
-    pub(super) fn is_joining(&self) -> bool {
-        self.regions.iter().any(|region| region.status == Status::Joining)
-    }
-
-    /// Everyone begins to count a region anew: nothing of a former life counts.
-    pub(super) fn admit(&mut self, at: usize) {
-        let id = self.regions[at].id;
+    /// A region that begins knows at once all that was decided until then.
+    fn begin_life(&mut self, at: usize) -> Result<(), Broken> {
+        self.regions[at].heard = (0..self.acts.len()).collect();
+        let acts = self.acts.clone();
         let region = &mut self.regions[at];
-        region.status = Status::Joining;
+        region.leader.proposed = acts.len();
         region.repaired_from.clear();
-        self.checked[at] = region.data.frontier();
+        for (id, member) in acts {
+            let Ok(_) =
+                execute(&mut region.data, &Command::Learn([(id, member)].into_iter().collect()));
+        }
+        self.checked[at] = self.regions[at].data.frontier();
         self.touched.insert(at);
-        for other in &mut self.regions {
-            other.leader.told.remove(&id);
-            other.leader.acknowledged.remove(&id);
-            other.leader.fences.remove(&id);
-        }
-        for (puller, source) in self.pairs() {
-            if puller == at || source == at {
-                self.break_stream(puller, source);
-                if let Some(link) = self.links.get_mut(&(puller, source)) {
-                    link.late.clear();
-                }
-            }
-        }
+        self.seal();
+        Ok(())
     }
 
-    /// A region that joins has repaired from every member: it may write.
-    pub(super) fn end_join(&mut self, at: usize) {
-        let region = &self.regions[at];
-        let member = |other: &usize| self.regions[*other].status == Status::Member;
-        let mut members = (0..self.regions.len()).filter(|&other| other != at).filter(member);
-        let is_enough = |other: usize| {
-            region.repaired_from.contains(&other)
-                || (self.is(Mutant::WriteAfterOneRepair) && !region.repaired_from.is_empty())
-        };
-        if region.status == Status::Joining && members.all(is_enough) {
-            self.regions[at].status = Status::Member;
-            self.note(|| "           it may write from now on".to_owned());
-        }
-    }
-
-    /// A region lost its data and gets an old copy, under a new incarnation.
-    ///
-    /// As one that joins, it repairs from every other region before it writes: one of them may have
-    /// more of its former life than another, and they pull that from nobody but it.
+    /// A region lost its data and gets an old copy, under a new incarnation, of which it hears before
+    /// it does anything.
     pub(super) fn restore(&mut self, at: usize) -> Result<(), Broken> {
+        self.settle_logs()?;
         let Some(region) = self.regions.get(at) else { return Ok(()) };
         let Some(backup) = region.backup.clone() else { return Ok(()) };
-        if region.status != Status::Member || self.is_joining() {
+        if !region.is_active() || !self.takes_part(region) || self.is_unfinished() {
             return Ok(());
         }
-        self.settle_logs()?;
-        let kept: Vec<VersionVector> = std::iter::once(backup.frontier())
-            .chain(self.frontiers_of_others(at).into_iter().map(|(_, frontier)| frontier))
-            .collect();
-        let before = self.regions[at].data.frontier();
-        if self.is_half_merged(&before, &kept, Some(&backup)) {
+        let (id, before) = (region.id, region.data.frontier());
+        let reached = self.reached();
+        let mut kept = self.frontiers_of(&reached, Some(at));
+        kept.push(backup.frontier());
+        if self.is_half_merged(&reached, at, &before, &kept)
+            || self.is_ahead_by(&backup, &before, &kept)
+        {
             return Ok(());
         }
         self.counts.restores += 1;
         self.counts.lost += self.truth.unique(&before, &kept).len() as u64;
+        self.lose_leader(at);
+        self.regions[at].data = backup;
         if self.is(Mutant::ReuseIncarnation) {
-            self.lose_leader(at);
-            let id = self.regions[at].id;
             for other in &mut self.regions {
-                other.leader.acknowledged.remove(&id);
+                other.leader.acknowledged.retain(|actor, _| actor.region != id);
             }
             self.links.values_mut().for_each(|link| link.late.clear());
-            self.regions[at].data = backup;
             self.checked[at] = self.regions[at].data.frontier();
             return Ok(());
         }
         self.truth.lose(&before, &kept);
-        self.lose_leader(at);
-        self.regions[at].incarnation += 1;
-        self.regions[at].data = backup;
-        self.admit(at);
+        let incarnation = self.decided.get(id).incarnation + 1;
+        self.decide(id, Member { incarnation, state: MemberState::Recovering });
+        self.begin_life(at)
+    }
+
+    /// The operator decides that the others go on without a region. It does not hear of it.
+    pub(super) fn fence(&mut self, at: usize) {
+        let Some(region) = self.regions.get(at) else { return };
+        let active = self.present().filter(|region| region.is_active()).count();
+        if !region.is_active() || !self.takes_part(region) || active <= LEFT_MIN {
+            return;
+        }
+        self.counts.fences += 1;
+        self.regions[at].backup = None;
+        let actor = self.regions[at].actor();
+        let member = Member { incarnation: actor.incarnation, state: MemberState::Fenced };
+        self.decide(actor.region, member);
+        self.ended.push(Ended { at, actor, left: None });
+        self.seal();
+    }
+
+    /// A region hears of a record; answers whether there was one.
+    pub(super) fn hear(&mut self, at: usize, skip: u8) -> bool {
+        let Some(region) = self.regions.get(at).filter(|region| region.exists) else {
+            return false;
+        };
+        let skip = if self.is(Mutant::HearOutOfOrder) { usize::from(skip) } else { 0 };
+        let unheard = (0..self.acts.len()).filter(|act| !region.heard.contains(act));
+        let unheard: Vec<usize> = unheard.collect();
+        let Some(&act) = unheard.get(skip.min(unheard.len().saturating_sub(1))) else {
+            return false;
+        };
+        let (id, member) = self.acts[act];
+        if id == region.id && member > region.member() {
+            // Nobody tells a region that it is fenced.
+            return false;
+        }
+        if self.would_halve(at, region.members(), id, member) {
+            // Left out: it ends the repair first. See `docs/simulation.md`.
+            return false;
+        }
+        self.regions[at].heard.push(act);
+        self.propose_heard(at);
+        true
+    }
+
+    /// Whether a region is half repaired with writes that only a life has that it would forsake.
+    fn would_halve(&self, at: usize, knows: &Members, id: RegionId, member: Member) -> bool {
+        let mut after = knows.clone();
+        after.learn(id, member);
+        let Some(other) = self.regions.iter().position(|region| region.id == id) else {
+            return false;
+        };
+        let actor = self.regions[other].actor();
+        if after.admit(actor) || !knows.admit(actor) {
+            return false;
+        }
+        let kept = self.frontiers_of(&self.reached(), Some(other));
+        let before = self.regions[other].data.frontier();
+        self.is_ahead_by(&self.regions[at].data, &before, &kept)
+    }
+
+    /// Proposes what the region has heard and this leader has not proposed.
+    pub(super) fn propose_heard(&mut self, at: usize) {
+        let region = &mut self.regions[at];
+        let from = std::mem::replace(&mut region.leader.proposed, region.heard.len());
+        let heard: Vec<usize> = region.heard.iter().skip(from).copied().collect();
+        let own = region.id;
+        for act in heard {
+            let (id, member) = self.acts[act];
+            let is_news = self.regions[at].members().said(id).is_none_or(|known| known < member);
+            if id != own && is_news {
+                self.propose(
+                    at,
+                    Command::Learn([(id, member)].into_iter().collect()),
+                    Waiter::Nobody,
+                );
+            }
+        }
+    }
+
+    /// A region that was fenced finds one that knows of its return, and starts over.
+    pub(super) fn come_back(&mut self, at: usize) {
+        let region = &self.regions[at];
+        let own = region.member();
+        if region.leader.starts_over {
+            return;
+        }
+        let returns = |other: &usize| {
+            let said = self.regions[*other].members().said(region.id);
+            let is_return = said
+                .is_some_and(|said| said.incarnation > own.incarnation && said.state.is_joining());
+            let passes = self.passes(at, *other) && self.passes(*other, at);
+            *other != at && self.regions[*other].exists && is_return && passes
+        };
+        let Some(other) = (0..self.regions.len()).find(returns) else { return };
+        let local = self.regions[other].members().actor(region.id);
+        let known = [(NAMESPACE, self.regions[other].data.frontier())].into();
+        // First what was decided before.
+        let joining = Member { incarnation: local.incarnation, state: MemberState::Joining };
+        let act = self.acts.iter().position(|act| *act == (local.region, joining));
+        let unheard: Vec<usize> =
+            (0..=act.unwrap_or(0)).filter(|act| !self.regions[at].heard.contains(act)).collect();
+        self.regions[at].heard.extend(unheard);
+        self.propose_heard(at);
+        if !self.is(Mutant::RepairOnWhileStartingOver) {
+            // Nothing that was compared in this life may come to the log after its end.
+            self.break_all(at);
+        }
+        self.regions[at].leader.starts_over = !self.is(Mutant::RepairOnWhileStartingOver);
+        let command = if self.is(Mutant::KeepFencedWrites) {
+            Command::Learn([(local.region, joining)].into_iter().collect())
+        } else {
+            Command::StartOver(StartOver { local, known })
+        };
+        self.propose(at, command, Waiter::Nobody);
+    }
+
+    /// A region's log applied something new of the regions; it had applied `data` before.
+    pub(super) fn learned(&mut self, at: usize, before: &Data) -> Result<(), Broken> {
+        let known = &before.memory.members;
+        let region = &self.regions[at];
+        let news: Vec<(RegionId, Member)> = region
+            .members()
+            .iter()
+            .filter(|(id, member)| known.said(*id) != Some(*member))
+            .collect();
+        for (id, member) in news {
+            if id == self.regions[at].id {
+                self.break_all(at);
+                if known.get(id).incarnation < member.incarnation {
+                    self.started_over(at, before)?;
+                } else if member.state == MemberState::Active
+                    && self.decided.admit(self.regions[at].actor())
+                {
+                    self.note(|| "           it may write from now on".to_owned());
+                    self.decide(id, member);
+                }
+            } else if let Some(other) = self.regions.iter().position(|region| region.id == id) {
+                self.break_stream(at, other);
+                self.break_stream(other, at);
+            }
+        }
+        self.seal();
         Ok(())
     }
 
-    /// The others go on without a region. What they have of it they exchange; what they do not have
-    /// is lost to them. They go on counting it until nothing of it is under way among them.
-    pub(super) fn fence(&mut self, at: usize) -> Result<(), Broken> {
-        let members = self.regions.iter().filter(|region| region.status == Status::Member).count();
-        let is_member = self.regions.get(at).is_some_and(|it| it.status == Status::Member);
-        if !is_member || members < 3 || self.is_joining() {
-            return Ok(());
+    /// A region begins a new life; checks that what only it had is kept for review.
+    fn started_over(&mut self, at: usize, before: &Data) -> Result<(), Broken> {
+        self.counts.start_overs += 1;
+        let id = self.regions[at].id;
+        let former = before.memory.members.actor(id);
+        let left = before.frontier();
+        let ended = self.ended.iter_mut().find(|it| it.at == at && it.actor == former);
+        if let Some(ended) = ended {
+            ended.left = Some(left);
         }
-        self.settle_logs()?;
-        let before = self.regions[at].data.frontier();
-        let others: Vec<VersionVector> =
-            self.frontiers_of_others(at).into_iter().map(|(_, frontier)| frontier).collect();
-        if self.is_half_merged(&before, &others, None) {
-            return Ok(());
+        let others = self.regions.iter().filter(|other| other.exists && other.id != id);
+        let others: Vec<VersionVector> = others.map(|other| other.data.frontier()).collect();
+        let region = &mut self.regions[at];
+        region.is_sealed = false;
+        region.backup = None;
+        region.repaired_from.clear();
+        region.leader.starts_over = false;
+        let memory = &region.data.memory;
+        let held = before.memory.held(NAMESPACE);
+        let held = held.flat_map(|(key, it)| it.siblings().iter().map(move |held| (key, held)));
+        for (key, held) in held.filter(|(_, held)| held.dot.actor.region == id) {
+            let dot = held.dot;
+            let is_elsewhere = others.iter().any(|frontier| frontier.covers(dot));
+            let is_kept = memory.review.get(&(NAMESPACE, key.clone(), dot)) == Some(held);
+            self.counts.reviewed += u64::from(is_kept);
+            if !is_elsewhere && !is_kept && !region.data.frontier().covers(dot) {
+                return Err((Invariant::NoLostWrite, format!("{dot} is not kept for review")));
+            }
         }
-        self.counts.fences += 1;
-        self.counts.lost += self.truth.unique(&before, &others).len() as u64;
-        self.truth.lose(&before, &others);
-        for other in (0..self.regions.len()).filter(|&other| other != at) {
-            self.break_stream(at, other);
-            self.break_stream(other, at);
-        }
-        self.regions[at].status = Status::Fenced;
-        self.regions[at].backup = None;
+        self.checked[at] = self.regions[at].data.frontier();
+        self.touched.insert(at);
         Ok(())
+    }
+
+    /// Whether a region that joins needs no more from another.
+    pub(super) fn has_repaired_from(&self, region: &Region, source: Actor) -> bool {
+        let members = region.members();
+        let out = || members.iter().filter(|(_, member)| member.state.is_out());
+        region.repaired_from.get(&source).is_some_and(|then| {
+            self.is(Mutant::RepairBeforeFence)
+                || out().all(|(id, member)| then.said(id).is_some_and(|said| said >= member))
+        })
+    }
+
+    /// Whether a region that joins has all that it needs to take part.
+    fn has_joined(&self, at: usize) -> bool {
+        let region = &self.regions[at];
+        if self.is(Mutant::WriteBeforeRepair) {
+            return true;
+        }
+        let members = region.members();
+        let is_first = region.member() == Member { incarnation: 1, state: MemberState::Joining };
+        if is_first || self.is(Mutant::WriteAfterOneRepair) {
+            return !region.repaired_from.is_empty();
+        }
+        let others = self.known(at).into_iter();
+        let mut others = others.filter(|&id| !members.get(id).state.is_out());
+        others.all(|id| self.has_repaired_from(region, members.actor(id)))
+    }
+
+    /// A region that joins begins the repairs that it needs, and takes part after them.
+    pub(super) fn go_on_joining(&mut self, at: usize) {
+        let region = &self.regions[at];
+        if !region.is_joining() {
+            return;
+        }
+        let id = region.id;
+        let is_proposed = region
+            .queue
+            .iter()
+            .any(|it| matches!(&it.command, Command::Learn(members) if members.said(id).is_some()));
+        if self.has_joined(at) {
+            if !is_proposed {
+                let member = Member { state: MemberState::Active, ..region.member() };
+                self.propose(
+                    at,
+                    Command::Learn([(id, member)].into_iter().collect()),
+                    Waiter::Nobody,
+                );
+            }
+            return;
+        }
+        let now = self.now;
+        let is_idle = |stream: &Stream| stream.due.is_none() && stream.repair.is_none();
+        let lacking: Vec<usize> = region
+            .leader
+            .streams
+            .iter()
+            .filter(|(_, stream)| is_idle(stream) && !self.has_repaired_from(region, stream.source))
+            .map(|(&source, _)| source)
+            .collect();
+        for source in lacking {
+            if let Some(stream) = self.stream(at, source) {
+                stream.due = Some(Due { compare: false, at: now, tried: 0 });
+            }
+        }
     }
 
     /// Commits what is proposed everywhere.
@@ -287,29 +380,119 @@ impl World {
         Ok(())
     }
 
+    /// The regions whose writes can come to those that take part: themselves, and from whom they take
+    /// anything, through any others.
+    pub(super) fn reached(&self) -> BTreeSet<usize> {
+        let returning = self.returning();
+        let all = 0..self.regions.len();
+        let mut reached: BTreeSet<usize> =
+            all.clone().filter(|&at| self.takes_part(&self.regions[at])).collect();
+        loop {
+            let admits = |at: usize| {
+                let actor = self.regions[at].actor();
+                let mut known = reached.iter().map(|&it| self.regions[it].members());
+                let returns = |(own, members): &(RegionId, Members)| {
+                    *own != actor.region && may_admit(members, actor)
+                };
+                known.any(|members| may_admit(members, actor))
+                    || returning.as_ref().is_some_and(returns)
+            };
+            let more =
+                |at: &usize| !reached.contains(at) && self.regions[*at].exists && admits(*at);
+            let Some(more) = all.clone().find(more) else { return reached };
+            reached.insert(more);
+        }
+    }
+
+    /// The region that may come back and has not heard of it, and what it will know when it begins.
+    fn returning(&self) -> Option<(RegionId, Members)> {
+        let is_return = |region: &&Region| {
+            let decided = self.decided.get(region.id);
+            region.exists
+                && decided.state.is_joining()
+                && decided.incarnation > region.actor().incarnation
+        };
+        let region = self.regions.iter().find(is_return)?;
+        let decided = (region.id, self.decided.get(region.id));
+        let act = self.acts.iter().position(|act| *act == decided)?;
+        let mut members = region.members().clone();
+        for &(id, member) in &self.acts[..=act] {
+            members.learn(id, member);
+        }
+        Some((region.id, members))
+    }
+
+    /// What they have applied.
+    pub(super) fn frontiers_of(
+        &self,
+        places: &BTreeSet<usize>,
+        but: Option<usize>,
+    ) -> Vec<VersionVector> {
+        let places = places.iter().filter(|&&at| Some(at) != but);
+        places.map(|&at| self.regions[at].data.frontier()).collect()
+    }
+
+    /// Lives of which nobody takes anything any more: what only they had is lost.
+    pub(super) fn seal(&mut self) {
+        let reached = self.reached();
+        let is_over = |ended: &Ended| match ended.left {
+            None => !reached.contains(&ended.at),
+            Some(_) => {
+                !reached.iter().any(|&at| may_admit(self.regions[at].members(), ended.actor))
+            }
+        };
+        let (over, ended): (Vec<Ended>, _) =
+            std::mem::take(&mut self.ended).into_iter().partition(is_over);
+        self.ended = ended;
+        for Ended { at, left, .. } in over {
+            self.regions[at].is_sealed |= left.is_none();
+            let before = left.unwrap_or_else(|| self.regions[at].data.frontier());
+            let kept = self.frontiers_of(&reached, None);
+            let id = self.regions[at].id;
+            self.note(|| format!("           nobody takes anything of region {id} any more"));
+            self.is_left_out |= self.is_half_merged(&reached, at, &before, &kept);
+            self.counts.lost += self.truth.unique(&before, &kept).len() as u64;
+            self.truth.lose(&before, &kept);
+        }
+    }
+
+    /// Whether records are ahead by writes that are lost.
+    fn is_ahead_by(&self, data: &Data, before: &VersionVector, kept: &[VersionVector]) -> bool {
+        let ahead = data.ahead();
+        self.truth.unique(before, kept).iter().any(|dot| ahead.covers(*dot))
+    }
+
     /// Whether records somewhere are ahead by writes that are lost: a repair from the region that
     /// lost them was half done. Not simulated; see `docs/simulation.md`.
-    pub(super) fn is_half_merged(
+    fn is_half_merged(
         &self,
+        reached: &BTreeSet<usize>,
+        but: usize,
         before: &VersionVector,
         kept: &[VersionVector],
-        backup: Option<&Data>,
     ) -> bool {
         let lost = self.truth.unique(before, kept);
         let has = |vector: &VersionVector| lost.iter().any(|dot| vector.covers(*dot));
-        let leaders = || self.regions.iter().map(|region| &region.leader);
+        let regions = || reached.iter().filter(|&&at| at != but).map(|&at| &self.regions[at]);
+        let leaders = || regions().map(|region| &region.leader);
         let repairs =
             || leaders().flat_map(|it| it.streams.values()).filter_map(|it| it.repair.as_ref());
         let sources = || leaders().flat_map(|it| it.sources.values());
-        let copies = self
-            .regions
-            .iter()
+        let mut copies = regions()
             .flat_map(|region| std::iter::once(&region.data).chain(region.backup.as_ref()));
-        copies.chain(backup).any(|data| has(&data.ahead()))
+        let links = self.links.iter().filter(|((puller, source), _)| {
+            *puller != but && reached.contains(puller) && *source != but && reached.contains(source)
+        });
+        copies.any(|data| has(&data.ahead()))
             || repairs().any(|it| has(&it.cut) || has(&it.ahead))
             || sources().any(|it| has(&it.cut.ahead) || has(&it.cut.frontier))
-            || self.links.values().flat_map(|link| &link.answers).any(
-                |answer| matches!(answer, Answer::Cut(cut, ahead, _) if has(cut) || has(ahead)),
+            || links.flat_map(|(_, link)| &link.answers).any(
+                |answer| matches!(answer, Answer::Cut(cut, ahead, ..) if has(cut) || has(ahead)),
             )
     }
+}
+
+/// Whether one who knows `members` takes from an actor, or may still do so when it hears of it.
+fn may_admit(members: &Members, actor: Actor) -> bool {
+    members.admit(actor) || members.get(actor.region).incarnation < actor.incarnation
 }

@@ -39,7 +39,8 @@ impl World {
             return;
         };
         let compare = stream.due.is_some_and(|due| due.compare);
-        stream.repair = Some(Receiver::new(id, compare, &region.data));
+        let (local, from) = (region.data.memory.members.actor(region.id), stream.source);
+        stream.repair = Some(Receiver::new(id, compare, local, &region.data));
         if compare || self.is(Mutant::CompareAtOnce) {
             self.compare(at, source);
             return;
@@ -49,6 +50,8 @@ impl World {
         let settle = Merge {
             namespace: NAMESPACE,
             rule: self.rule,
+            local,
+            source: from,
             cut: VersionVector::new(),
             ahead: VersionVector::new(),
             trust: Trust::Coverage,
@@ -122,10 +125,14 @@ impl World {
         if repair.waits {
             return Ok(());
         }
-        match link.answers.pop_front() {
+        let answer = link.answers.pop_front();
+        if answer.is_some() {
+            stream.heard = self.now;
+        }
+        match answer {
             None => return Ok(()),
-            Some(Answer::Cut(cut, ahead, nodes)) => {
-                (repair.cut, repair.ahead) = (cut, ahead);
+            Some(Answer::Cut(cut, ahead, nodes, members)) => {
+                (repair.cut, repair.ahead, repair.members) = (cut, ahead, members);
                 let leaves = repair.differing(&nodes);
                 match (repair.is_at_same_point(), repair.damage) {
                     (true, None) if leaves.is_empty() => {
@@ -191,6 +198,7 @@ impl World {
     pub(super) fn flush(&mut self, puller: usize, source: usize) {
         let rule = self.rule;
         let Some(stream) = self.stream(puller, source) else { return };
+        let from = stream.source;
         let Some(repair) = &mut stream.repair else { return };
         if repair.offers.is_empty() && repair.ledger.is_empty() {
             if repair.ended {
@@ -202,6 +210,8 @@ impl World {
         let merge = Merge {
             namespace: NAMESPACE,
             rule,
+            local: repair.local,
+            source: from,
             cut: repair.cut.clone(),
             ahead: repair.ahead.clone(),
             trust: repair.trust,
@@ -222,6 +232,7 @@ impl World {
         let advance = Advance {
             namespace: NAMESPACE,
             local,
+            source: stream.source,
             since: if blindly { now_applied } else { repair.mine.frontier.clone() },
             cut: repair.cut.clone(),
             ahead: repair.ahead.clone(),
@@ -252,7 +263,12 @@ impl World {
         {
             return Err(reused(&format!("{dot} is another")));
         }
+        self.counts.refused += u64::from(*outcome == Outcome::SourceOut);
         let Some((source, repair)) = self.repair_of(at, waiter) else { return Ok(()) };
+        if *outcome == Outcome::SourceOut {
+            self.break_stream(at, source);
+            return Ok(());
+        }
         repair.waits = false;
         if repair.attempts == 0 {
             self.compare(at, source);
@@ -275,6 +291,12 @@ impl World {
     ) -> Result<(), Broken> {
         match outcome {
             Outcome::OwnChangeUnknown => return Err(reused("an own change is unknown")),
+            Outcome::SourceOut => {
+                self.counts.refused += 1;
+                if let Some((source, _)) = self.repair_of(at, waiter) {
+                    self.break_stream(at, source);
+                }
+            }
             Outcome::Moved => {
                 self.counts.moved += 1;
                 if let Some((source, _)) = self.repair_of(at, waiter) {
@@ -312,7 +334,7 @@ impl World {
             still_due(stream, &region.data.frontier(), now);
         }
         if is_done {
-            region.repaired_from.insert(source);
+            region.repaired_from.insert(stream.source, repair.members);
         }
         self.acknowledge(puller, source);
         self.begin_untrimmed(puller, source);

@@ -1,15 +1,15 @@
 //! Streams: `puller` and `feed` of `tombolo-replication`, a message at a time.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::time::Duration;
 
 use tombolo_core::{
-    Change, Command, RegionId, VersionVector, command::Ingest, outgoing::Outgoing, pending::Pending,
+    Change, Command, VersionVector, command::Ingest, outgoing::Outgoing, pending::Pending,
 };
 
 use crate::{
     link::{Due, Feed, Reply, Request, Stream},
     mutant::Mutant,
-    region::{NAMESPACE, Region, Status, Waiter},
+    region::{NAMESPACE, Region, Waiter},
 };
 
 use super::World;
@@ -37,22 +37,36 @@ impl World {
         !self.cuts.contains(&(from, to))
     }
 
+    /// Whether a region takes from another, and that one serves it.
+    fn may_pull(&self, puller: &Region, source: &Region) -> bool {
+        let is_unheard = !source.knows(puller)
+            || source.members().get(puller.id).incarnation < puller.actor().incarnation;
+        let is_served = source.admits(puller) || (is_unheard && self.is(Mutant::ServeUnheard));
+        let serves = !source.is_joining() || self.is(Mutant::TellBeforeRepair);
+        let exist = puller.exists && source.exists && puller.id != source.id;
+        exist && is_served && serves && puller.admits(source) && !puller.leader.starts_over
+    }
+
     pub(super) fn open(&mut self, puller: usize, source: usize) {
         let is_open = self.stream(puller, source).is_some();
-        let exist = |place: usize| self.regions.get(place).is_some_and(Region::is_present);
         let passes = self.passes(puller, source) && self.passes(source, puller);
-        if puller == source || is_open || !exist(puller) || !exist(source) || !passes {
+        let (Some(from), Some(to)) = (self.regions.get(source), self.regions.get(puller)) else {
+            return;
+        };
+        if is_open || !passes || !self.may_pull(to, from) {
             return;
         }
+        let must_repair = to.is_joining() && !self.has_repaired_from(to, from.actor());
+        let (local, from) = (to.actor(), from.actor());
         self.sessions += 1;
         let (session, now, id) = (self.sessions, self.now, self.regions[source].id);
         let region = &mut self.regions[puller];
         region.leader.relays.up(id);
         let relayed = region.leader.relays.relayed_by(id, now);
-        let must_repair =
-            region.status == Status::Joining && !region.repaired_from.contains(&source);
         let stream = Stream {
             session,
+            local,
+            source: from,
             pending: Pending::default(),
             acknowledged: VersionVector::new(),
             trimmed: None,
@@ -73,14 +87,17 @@ impl World {
         let ids = self.ids();
         let region = &mut self.regions[puller];
         let frontier = region.data.frontier();
-        let joins = region.status == Status::Joining && !region.repaired_from.contains(&source);
+        if region.is_joining() {
+            // It takes no changes until it has repaired.
+            return;
+        }
         let Some(stream) = region.leader.streams.get_mut(&source) else { return };
         let mut origins = stream.relayed.clone();
         if always {
             origins.extend(ids.into_iter().filter(|&id| id != region.id));
         }
         stream.acknowledged = frontier.clone();
-        if stream.trimmed.take().is_some() && !joins {
+        if stream.trimmed.take().is_some() {
             stream.due = None;
         }
         if let Some(link) = self.links.get_mut(&(puller, source)) {
@@ -92,8 +109,8 @@ impl World {
         let now = self.now;
         let Some(link) = self.links.get_mut(&(puller, source)) else { return };
         let Some(region) = self.regions.get_mut(puller) else { return };
-        if region.leader.streams.remove(&source).is_some() {
-            link.break_off();
+        if let Some(stream) = region.leader.streams.remove(&source) {
+            link.break_off(stream.local);
             region.leader.retry_at.insert(source, now + RETRY);
             let id = self.regions[source].id;
             self.regions[puller].leader.relays.down(id, now);
@@ -103,12 +120,21 @@ impl World {
         }
     }
 
+    /// All streams of a region, this way and that.
+    pub(super) fn break_all(&mut self, at: usize) {
+        for other in (0..self.regions.len()).filter(|&other| other != at) {
+            self.break_stream(at, other);
+            self.break_stream(other, at);
+        }
+    }
+
     pub(super) fn request_arrives(&mut self, puller: usize, source: usize) {
         if !self.passes(puller, source) {
             return;
         }
+        let Some(peer) = self.stream(puller, source).map(|stream| stream.local) else { return };
         let Some(link) = self.links.get_mut(&(puller, source)) else { return };
-        let (own, peer) = (self.regions[source].id, self.regions[puller].id);
+        let own = self.regions[source].id;
         let leader = &mut self.regions[source].leader;
         match link.requests.pop_front() {
             Some(Request::Subscribe(frontier, mut origins)) => {
@@ -130,8 +156,7 @@ impl World {
 
     pub(super) fn late_arrives(&mut self, puller: usize, source: usize) {
         let Some(link) = self.links.get_mut(&(puller, source)) else { return };
-        let peer = self.regions[puller].id;
-        if let Some(frontier) = link.late.pop_front() {
+        if let Some((peer, frontier)) = link.late.pop_front() {
             self.regions[source].leader.acknowledged.entry(peer).or_default().join(&frontier);
             self.touched.insert(source);
         }
@@ -145,9 +170,10 @@ impl World {
         let Some(reply) = link.replies.pop_front() else { return };
         let (settles_at_once, early) =
             (self.is(Mutant::SettleAtOnce), self.is(Mutant::AcknowledgeArrived));
+        let ignores_members = self.is(Mutant::TellWithoutMembers);
         let (now, id) = (self.now, self.regions[source].id);
         let region = &mut self.regions[puller];
-        let local = region.data.frontier();
+        let (local, known) = (region.data.frontier(), region.members().clone());
         let leader = &mut region.leader;
         let Some(stream) = leader.streams.get_mut(&source) else { return };
         stream.heard = now;
@@ -161,19 +187,16 @@ impl World {
                 }
                 changes.into_iter().for_each(|change| stream.pending.push(change, 1));
             }
-            Reply::Told(frontier, fenced) => {
+            Reply::Told(frontier, members) => {
                 leader.relays.tell(id, NAMESPACE, frontier.clone());
-                for region in fenced {
-                    let of = frontier.iter().filter(|(actor, _)| actor.region == region).collect();
-                    leader.fences.entry(region).or_default().insert(id, of);
+                if !known.know_all_of(&members) && !ignores_members {
+                    self.counts.untold += 1;
+                    return;
                 }
-                let told = leader.told.entry(id).or_default();
-                if settles_at_once {
-                    let everything = frontier.clone();
-                    told.tell(id, frontier, &everything);
-                } else {
-                    told.tell(id, frontier, &local);
-                }
+                leader.fences.tell(stream.source, &frontier, &members);
+                let told = leader.told.entry(stream.source).or_default();
+                let local = if settles_at_once { frontier.clone() } else { local };
+                told.tell(id, frontier, &local);
             }
             Reply::Trimmed(trimmed) => {
                 stream.trimmed = Some(trimmed);
@@ -214,25 +237,19 @@ impl World {
 
     pub(super) fn tell(&mut self, puller: usize, source: usize) {
         let now = self.now;
-        let fenced: BTreeSet<RegionId> = self
-            .regions
-            .iter()
-            .filter(|region| region.status == Status::Fenced)
-            .map(|region| region.id)
-            .collect();
         let tells_early = self.is(Mutant::TellBeforeRepair);
         let Some(region) = self.regions.get_mut(source) else { return };
-        let Some(feed) = region.leader.feeds.get_mut(&puller) else { return };
-        if region.status == Status::Joining && !tells_early {
+        let (frontier, members) = (region.data.frontier(), region.members().clone());
+        if region.is_joining() && !tells_early {
             return;
         }
-        let frontier = region.data.frontier();
+        let Some(feed) = region.leader.feeds.get_mut(&puller) else { return };
         let is_due = feed
             .told
             .as_ref()
             .is_none_or(|(told, at)| *told != frontier || now.saturating_sub(*at) >= HEARTBEAT);
         if is_due && let Some(link) = self.links.get_mut(&(puller, source)) {
-            link.replies.push_back(Reply::Told(frontier.clone(), fenced));
+            link.replies.push_back(Reply::Told(frontier.clone(), members));
             feed.told = Some((frontier, now));
         }
     }
@@ -252,20 +269,22 @@ impl World {
             return;
         }
         stream.ingesting = true;
+        let from = stream.source;
         let waiter = Waiter::Stream(source, stream.session);
         for change in &changes {
             // A time beyond the bound is applied but never moves the clock.
             let _ = region.clock.observe(change.time(), wall_ms, CLOCK_OFFSET_MAX_MS);
         }
-        let ingest = Ingest { namespace: NAMESPACE, rule, local, changes };
+        let ingest = Ingest { namespace: NAMESPACE, rule, local, source: from, changes };
         self.propose(puller, Command::Ingest(ingest), waiter);
     }
 
     /// Tells the source what is applied here, if it changed.
     pub(super) fn acknowledge(&mut self, puller: usize, source: usize) {
-        let frontier = self.regions[puller].data.frontier();
+        let region = &self.regions[puller];
+        let (frontier, joins) = (region.data.frontier(), region.is_joining());
         let Some(stream) = self.stream(puller, source) else { return };
-        if stream.acknowledged != frontier {
+        if stream.acknowledged != frontier && !joins {
             stream.acknowledged = frontier.clone();
             if let Some(link) = self.links.get_mut(&(puller, source)) {
                 link.requests.push_back(Request::Acknowledge(frontier));
@@ -276,9 +295,11 @@ impl World {
     /// What a puller's leader does now and then.
     pub(super) fn tick(&mut self, at: usize) {
         let Some(region) = self.regions.get(at) else { return };
-        if !region.is_present() {
+        if !region.exists {
             return;
         }
+        self.come_back(at);
+        self.propose_heard(at);
         let others: Vec<usize> = (0..self.regions.len()).filter(|&other| other != at).collect();
         for &source in &others {
             let retry_at = self.regions[at].leader.retry_at.get(&source).copied();
@@ -290,8 +311,8 @@ impl World {
             self.begin_untrimmed(at, source);
             self.watch(at, source);
         }
+        self.go_on_joining(at);
         self.start_repair(at);
-        self.end_join(at);
     }
 
     pub(super) fn follow_relays(&mut self, puller: usize, source: usize) {

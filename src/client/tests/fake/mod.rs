@@ -597,6 +597,11 @@ impl ClusterService for Node {
     }
 }
 
+fn joining(name: String) -> v1::Region {
+    let membership = v1::Membership::Joining.into();
+    v1::Region { name, membership, incarnation: 1, number: 2, ..Default::default() }
+}
+
 #[tonic::async_trait]
 impl RegionService for Node {
     async fn list_regions(
@@ -613,6 +618,9 @@ impl RegionService for Node {
             shards_with_leader: u32::from(SHARDS),
             nodes_up: 1,
             nodes: 1,
+            membership: v1::Membership::Active.into(),
+            incarnation: 1,
+            shards_active: u32::from(SHARDS),
         };
         let eu = v1::Region {
             name: "eu".into(),
@@ -621,6 +629,8 @@ impl RegionService for Node {
             link_addresses: vec!["127.0.0.1:7203".into()],
             state: v1::RegionState::Degraded.into(),
             lag_seconds: 12.5,
+            membership: v1::Membership::Active.into(),
+            incarnation: 1,
             ..Default::default()
         };
         Ok(Response::new(v1::ListRegionsResponse { regions: vec![us, eu], unreachable: vec![] }))
@@ -708,6 +718,70 @@ impl RegionService for Node {
         let key = v1::KeyDifference { key: "cart".into(), here: vec![dot], there: vec![] };
         let row = v1::ShardDifferences { shard: 1, same_point: true, keys: vec![key], more: false };
         Ok(Response::new(v1::ListDifferencesResponse { shards: vec![row], unreachable: vec![] }))
+    }
+
+    async fn add_region(
+        &self,
+        request: Request<v1::AddRegionRequest>,
+    ) -> Result<Response<v1::AddRegionResponse>, Status> {
+        let v1::AddRegionRequest { name, number, link_addresses } = request.into_inner();
+        if name == "eu" {
+            return Err(refusal(Code::InvalidArgument, "REGION_INVALID", &[]));
+        }
+        let region = Some(v1::Region { number, link_addresses, ..joining(name) });
+        Ok(Response::new(v1::AddRegionResponse { region }))
+    }
+
+    async fn fence_region(
+        &self,
+        request: Request<v1::FenceRegionRequest>,
+    ) -> Result<Response<v1::FenceRegionResponse>, Status> {
+        let membership = v1::Membership::Fenced.into();
+        let region = Some(v1::Region { membership, ..joining(request.into_inner().name) });
+        Ok(Response::new(v1::FenceRegionResponse { region }))
+    }
+
+    async fn remove_region(
+        &self,
+        request: Request<v1::RemoveRegionRequest>,
+    ) -> Result<Response<v1::RemoveRegionResponse>, Status> {
+        let membership = v1::Membership::Removed.into();
+        let region = Some(v1::Region { membership, ..joining(request.into_inner().name) });
+        Ok(Response::new(v1::RemoveRegionResponse { region }))
+    }
+
+    async fn recover_region(
+        &self,
+        request: Request<v1::RecoverRegionRequest>,
+    ) -> Result<Response<v1::RecoverRegionResponse>, Status> {
+        let membership = v1::Membership::Recovering.into();
+        let region =
+            v1::Region { membership, incarnation: 2, ..joining(request.into_inner().name) };
+        Ok(Response::new(v1::RecoverRegionResponse { region: Some(region) }))
+    }
+
+    async fn list_reviews(
+        &self,
+        _: Request<v1::ListReviewsRequest>,
+    ) -> Result<Response<v1::ListReviewsResponse>, Status> {
+        let dot = v1::Dot { region: 2, incarnation: 1, seq: 7 };
+        let row = |key: &'static str, is_delete| v1::Review {
+            namespace: "default".into(),
+            key: key.into(),
+            dot: Some(dot),
+            hybrid_time: 0,
+            is_delete,
+            data: if is_delete { Bytes::new() } else { "v".into() },
+        };
+        let reviews = vec![row("cart", false), row("list", true)];
+        Ok(Response::new(v1::ListReviewsResponse { reviews, unreachable: vec![] }))
+    }
+
+    async fn dismiss_reviews(
+        &self,
+        _: Request<v1::DismissReviewsRequest>,
+    ) -> Result<Response<v1::DismissReviewsResponse>, Status> {
+        Ok(Response::new(v1::DismissReviewsResponse { unreachable: vec![] }))
     }
 
     async fn list_at_risk(
