@@ -66,6 +66,7 @@ pub struct Demo {
     layout: Layout,
     network: Network,
     fleet: Fleet,
+    program: PathBuf,
     begun: Instant,
 }
 
@@ -86,18 +87,9 @@ impl Demo {
             }
         }
         layout.write_configs(&proxies)?;
-        let launches = layout.nodes.iter().map(|node| Launch {
-            name: node.name.clone(),
-            program: config.program.clone(),
-            arguments: vec![
-                "server".into(),
-                "--config".into(),
-                node.config_path().to_string_lossy().into_owned(),
-            ],
-            log: node.log_path(),
-        });
-        let fleet = Fleet::new(launches.collect())?;
-        let demo = Self { layout, network, fleet, begun: Instant::now() };
+        let fleet = Fleet::new(launches(&layout, &config.program))?;
+        let program = config.program;
+        let demo = Self { layout, network, fleet, program, begun: Instant::now() };
         demo.fleet.start_all().await?;
         Ok(demo)
     }
@@ -112,6 +104,11 @@ impl Demo {
     #[must_use]
     pub fn network(&self) -> &Network {
         &self.network
+    }
+
+    /// The executable of the nodes.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
     }
 
     /// The node processes.
@@ -215,6 +212,21 @@ impl Demo {
         };
         Ok(Reply::Done { message })
     }
+}
+
+/// How the nodes of a layout are started.
+pub(crate) fn launches(layout: &Layout, program: &Path) -> Vec<Launch> {
+    let launch = |node: &NodePlan| Launch {
+        name: node.name.clone(),
+        program: program.to_owned(),
+        arguments: vec![
+            "server".into(),
+            "--config".into(),
+            node.config_path().to_string_lossy().into_owned(),
+        ],
+        log: node.log_path(),
+    };
+    layout.nodes.iter().map(launch).collect()
 }
 
 impl Handler for Demo {

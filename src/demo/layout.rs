@@ -231,21 +231,39 @@ impl Layout {
     /// # Errors
     /// Those of the TOML writer, which a valid layout does not meet.
     pub fn config(&self, node: &NodePlan, proxies: &Proxies) -> Result<String, toml::ser::Error> {
-        let regions = self.shape.regions.iter().zip(1u16..).map(|(name, number)| RegionEntry {
-            name,
+        let home = self.shape.regions.first().map_or("", String::as_str);
+        self.config_among(node, self.entries(&node.region, proxies), home, false)
+    }
+
+    /// The regions as the nodes of `from` reach them.
+    pub(crate) fn entries(&self, from: &str, proxies: &Proxies) -> Vec<RegionEntry> {
+        let entry = |(name, number): (&String, u16)| RegionEntry {
+            name: name.clone(),
             number,
-            link: if *name == node.region {
+            link: if name == from {
                 self.nodes_of(name).map(|peer| peer.link).collect()
             } else {
-                proxies.get(&(node.region.clone(), name.clone())).cloned().unwrap_or_default()
+                proxies.get(&(from.to_owned(), name.clone())).cloned().unwrap_or_default()
             },
-        });
+        };
+        self.shape.regions.iter().zip(1u16..).map(entry).collect()
+    }
+
+    /// The configuration of one node among `regions`, as TOML.
+    fn config_among(
+        &self,
+        node: &NodePlan,
+        regions: Vec<RegionEntry>,
+        home: &str,
+        join: bool,
+    ) -> Result<String, toml::ser::Error> {
         let config = NodeConfig {
             cluster_id: &self.shape.cluster_id,
             region: &node.region,
             node_id: node.node_id,
             data_dir: node.directory.join("data"),
             shards: self.shape.shards,
+            join,
             listen: Listen {
                 client: node.client,
                 raft: node.raft,
@@ -262,8 +280,8 @@ impl Layout {
                     http: peer.http,
                 })
                 .collect(),
-            regions: regions.collect(),
-            catalog: Catalog { home: self.shape.regions.first().map_or("", String::as_str) },
+            regions,
+            catalog: Catalog { home },
             raft: Raft {
                 heartbeat_interval: "300ms",
                 election_timeout_min: "1s",
@@ -295,19 +313,32 @@ impl Layout {
     /// # Errors
     /// [`LayoutError::File`].
     pub fn write_configs(&self, proxies: &Proxies) -> Result<(), LayoutError> {
+        let home = self.shape.regions.first().map_or("", String::as_str);
         for node in &self.nodes {
-            let path = node.config_path();
-            let written = self.config(node, proxies).map_err(io::Error::other).and_then(|config| {
-                std::fs::create_dir_all(&node.directory)?;
-                std::fs::write(&path, config)
-            });
-            written.map_err(|source| LayoutError::File { path, source })?;
+            self.write_config(node, self.entries(&node.region, proxies), home, false)?;
         }
         Ok(())
     }
 
+    /// Writes the configuration of one node, which joins the others or was there from the start.
+    pub(crate) fn write_config(
+        &self,
+        node: &NodePlan,
+        regions: Vec<RegionEntry>,
+        home: &str,
+        join: bool,
+    ) -> Result<(), LayoutError> {
+        let path = node.config_path();
+        let config = self.config_among(node, regions, home, join).map_err(io::Error::other);
+        let written = config.and_then(|config| {
+            std::fs::create_dir_all(&node.directory)?;
+            std::fs::write(&path, config)
+        });
+        written.map_err(|source| LayoutError::File { path, source })
+    }
+
     /// The first port that cannot be bound now, with the node that needs it.
-    fn taken_port(&self) -> Option<(String, u16)> {
+    pub(crate) fn taken_port(&self) -> Option<(String, u16)> {
         // All are held together, so that no port is counted twice.
         let mut held = Vec::new();
         for node in &self.nodes {
@@ -415,9 +446,10 @@ struct NodeConfig<'a> {
     node_id: u64,
     data_dir: PathBuf,
     shards: u16,
+    join: bool,
     listen: Listen,
     nodes: Vec<NodeEntry>,
-    regions: Vec<RegionEntry<'a>>,
+    regions: Vec<RegionEntry>,
     catalog: Catalog<'a>,
     raft: Raft,
     raft_log: RaftLog,
@@ -444,11 +476,12 @@ struct NodeEntry {
     http: SocketAddr,
 }
 
-#[derive(Serialize)]
-struct RegionEntry<'a> {
-    name: &'a str,
-    number: u16,
-    link: Vec<SocketAddr>,
+/// A region as a node's configuration lists it.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct RegionEntry {
+    pub(crate) name: String,
+    pub(crate) number: u16,
+    pub(crate) link: Vec<SocketAddr>,
 }
 
 #[derive(Serialize)]

@@ -12,12 +12,14 @@
 //!
 //! Map: `layout` names, ports, configuration · `proxy` `network` `latency` the faulty network ·
 //! `spawn` `processes` `readiness` the nodes · `demo` all of it as one thing · `control` `place`
-//! reaching a running demo · `report` what is printed · `tour` the tour.
+//! reaching a running demo · `report` what is printed · `guest` a region that comes
+//! later · `tour` the tour.
 //!
 //! Not here: the server, which runs as `server --config FILE` of the same executable.
 
 pub mod control;
 pub mod demo;
+pub mod guest;
 pub mod latency;
 pub mod layout;
 pub mod network;

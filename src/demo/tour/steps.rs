@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use futures::future::try_join_all;
-use tombolo_client::proto::{LinkPhase, Rule};
-use tombolo_client::{Consistency, Error, Written};
+use tombolo_client::proto::{LinkPhase, Membership, Region, Rule};
+use tombolo_client::{Client, ClientConfig, Consistency, Error, Written};
 
 use super::load::Load;
 use super::observe::{
@@ -18,6 +18,7 @@ use super::observe::{
 };
 use super::{Site, Step, Tour};
 use crate::demo::READY_PATIENCE;
+use crate::guest::Guest;
 use crate::layout::CHANGE_LOG_BYTES;
 use crate::network::Cut;
 
@@ -28,6 +29,8 @@ const FAILOVER_PATIENCE: Duration = Duration::from_secs(15);
 /// Acknowledgements that each writer must get after a fault: enough to touch every shard.
 const ACKS_AFTER_FAULT: u64 = 20;
 const WRITERS: usize = 8;
+/// A region that has no data yet refuses, and its client tries again as long as this.
+const GUEST_DEADLINE: Duration = Duration::from_secs(3);
 /// Between two looks for a repair, which is short.
 const POLL_PAUSE: Duration = Duration::from_millis(10);
 
@@ -52,6 +55,9 @@ pub(super) fn all() -> Vec<Step<Tour>> {
         step("what is deleted while regions are cut stays deleted", |t| Box::pin(deletes(t))),
         step("a region that fell off the change log takes over what differs", |t| {
             Box::pin(repairs(t))
+        }),
+        step("a region joins while the others work, and has everything", |t| {
+            Box::pin(region_joins(t))
         }),
         step("an atomic commit arrives whole", |t| Box::pin(commits(t))),
         step("killing a leader under load loses no acknowledged write", |t| {
@@ -476,6 +482,79 @@ async fn converged(tour: &mut Tour) -> anyhow::Result<String> {
         "{compared} keys of 2 namespaces have the same versions in {} regions; the deleted key is \
          still deleted",
         tour.sites.len()
+    ))
+}
+
+/// The one that joins has one node: what is shown is the region.
+const GUEST_NODES: u16 = 1;
+
+async fn region_joins(tour: &mut Tour) -> anyhow::Result<String> {
+    let (home, others) = home_and_others(tour)?;
+    let (home, others) = (&home.clone(), others.to_vec());
+    let admin = home.client.admin();
+    let known = admin.list_regions().await?.regions;
+    let highest = known.iter().map(|region| region.number).max().unwrap_or_default();
+    let number = u16::try_from(highest + 1).context("no number is left for a region")?;
+    let name = format!("guest-{number}");
+    let guest = Guest::start(&tour.demo, &name, number, GUEST_NODES).await?;
+    let config = ClientConfig {
+        endpoints: guest.endpoints(),
+        deadline: GUEST_DEADLINE,
+        ..Default::default()
+    };
+    let client = Client::connect(config).await.context("connecting to the region that joins")?;
+    let refused = client.namespace("default").get("anything").await;
+    ensure!(refused.is_err(), "a region that has no data yet answered a read");
+
+    let load = Load::start(&Tour::default_keys(home), &tour.key("joining"), 2);
+    let begun = Instant::now();
+    admin.add_region(&name, u32::from(number), guest.links()).await?;
+    let active = |regions: Vec<Region>| {
+        regions.iter().any(|it| it.name == name && it.membership() == Membership::Active)
+    };
+    eventually(PATIENCE, || async {
+        let regions = admin.list_regions().await.map_err(|error| error.to_string())?.regions;
+        if active(regions) { Ok(()) } else { Err(format!("{name} is not active")) }
+    })
+    .await?;
+    let took = begun.elapsed();
+    let report = load.finish().await?;
+    ensure!(!report.acknowledged.is_empty(), "no write was acknowledged while {name} joined");
+
+    let site = Site { region: name.clone(), client };
+    let guest_key = tour.key("from-guest");
+    Tour::default_keys(&site)
+        .put(&guest_key, "hello")
+        .await
+        .context("writing in the new region")?;
+    for other in std::iter::once(home).chain(&others) {
+        shows(other, &Tour::default_keys(other), &guest_key, &["hello"]).await?;
+    }
+    let compared = eventually(PATIENCE, || async {
+        let mut contents = Vec::new();
+        for side in [home, &site] {
+            let found = content(&Tour::default_keys(side)).await;
+            contents.push(found.map_err(|error| format!("{}: {error}", side.region))?);
+        }
+        match difference(home, &contents[0], &site, &contents[1]) {
+            Some(difference) => Err(difference),
+            None => Ok(contents[0].len()),
+        }
+    })
+    .await?;
+
+    admin.remove_region(&name).await?;
+    guest.stop().await;
+    for directory in guest.directories() {
+        std::fs::remove_dir_all(&directory).ok();
+    }
+    tour.acknowledged.extend(report.acknowledged);
+    tour.check_no_crash()?;
+    Ok(format!(
+        "{name} had all {compared} keys and took writes {:.1} s after it was admitted, while {} \
+         kept writing; then it was removed",
+        took.as_secs_f64(),
+        home.region
     ))
 }
 
