@@ -34,7 +34,7 @@ fn time(millis: u64) -> HybridTime {
 }
 
 fn key(number: u64) -> Bytes {
-    Bytes::from(format!("bench-{:010}", number % KEYS))
+    Bytes::from(format!("bench-{number:010}"))
 }
 
 /// The write number `seq` of a region, which replaces what `supersedes` names.
@@ -54,9 +54,9 @@ fn concurrent(regions: std::ops::Range<u16>, rule: Rule) -> Record {
     record
 }
 
-fn put(number: u64) -> Command {
+fn put(number: u64, keys: u64) -> Command {
     let operation = Operation {
-        key: key(number * 7919),
+        key: key(number.wrapping_mul(7919) % keys),
         content: Content::value(vec![7; VALUE_BYTES]),
         context: None,
     };
@@ -71,8 +71,8 @@ fn put(number: u64) -> Command {
     })
 }
 
-fn puts(from: u64) -> Vec<Bytes> {
-    (from..from + BATCH).map(|number| put(number).to_bytes()).collect()
+fn puts(from: u64, keys: u64) -> Vec<Bytes> {
+    (from..from + BATCH).map(|number| put(number, keys).to_bytes()).collect()
 }
 
 fn records(criterion: &mut Criterion) {
@@ -122,13 +122,13 @@ fn codecs(criterion: &mut Criterion) {
         bencher.iter(|| Change::from_bytes(black_box(&encoded).clone()).unwrap());
     });
 
-    let command = put(1);
+    let command = put(1, KEYS);
     group.throughput(Throughput::Bytes(command.to_bytes().len() as u64));
     group.bench_function("command/encode", |bencher| {
         bencher.iter(|| black_box(&command).to_bytes())
     });
 
-    let commands = puts(0);
+    let commands = puts(0, KEYS);
     let batch = encode_batch(&commands);
     group.throughput(Throughput::Elements(BATCH));
     group.bench_function(BenchmarkId::new("batch/encode", BATCH), |bencher| {
@@ -168,7 +168,6 @@ fn clock(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// One log entry of puts on a real store: read what is there, decide, write one batch.
 /// What keeping the Merkle tree adds to a put: compare with `apply/puts`, of which it is a part.
 fn merkle(criterion: &mut Criterion) {
     let held = |number: u64| {
@@ -193,22 +192,26 @@ fn merkle(criterion: &mut Criterion) {
     group.finish();
 }
 
+/// One log entry of puts on a real store: read what is there, decide, write one batch. To keys that
+/// mostly exist, and to new ones. `scripts/tree-cost` runs it with and without the Merkle tree.
 fn apply(criterion: &mut Criterion) {
-    let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(dir.path(), StoreConfig::default()).unwrap();
-    let shard = store.shard(ShardId(0)).unwrap();
-    let mut index = 0;
-    let mut entry = || {
-        index += 1;
-        let payload = ApplyPayload::Commands(encode_batch(&puts(index * BATCH)));
-        [ApplyEntry { position: Position { term: 1, node: 1, index }, payload }]
-    };
-
     let mut group = criterion.benchmark_group("apply");
     group.throughput(Throughput::Elements(BATCH));
-    group.bench_function(BenchmarkId::new("puts", BATCH), |bencher| {
-        bencher.iter_batched(&mut entry, |run| shard.apply(&run).unwrap(), BatchSize::SmallInput);
-    });
+    for (name, keys) in [("puts", KEYS), ("new", u64::MAX)] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), StoreConfig::default()).unwrap();
+        let shard = store.shard(ShardId(0)).unwrap();
+        let mut index = 0;
+        let mut entry = || {
+            index += 1;
+            let payload = ApplyPayload::Commands(encode_batch(&puts(index * BATCH, keys)));
+            [ApplyEntry { position: Position { term: 1, node: 1, index }, payload }]
+        };
+        group.bench_function(BenchmarkId::new(name, BATCH), |bencher| {
+            let apply = |run: [ApplyEntry; 1]| shard.apply(&run).unwrap();
+            bencher.iter_batched(&mut entry, apply, BatchSize::SmallInput);
+        });
+    }
     group.finish();
 }
 

@@ -54,6 +54,8 @@ pub enum ApplyPayload {
     Commands(Bytes),
 }
 
+/// Off only to measure what the tree and its index cost: `scripts/tree-cost`.
+const KEEPS_TREE: bool = cfg!(not(feature = "without-tree"));
 /// Format of a value that is kept for review: version, then the sibling.
 pub(crate) const REVIEW_VERSION: u8 = 1;
 
@@ -116,10 +118,11 @@ enum Stored {
 
 impl Stored {
     fn of(key: &[u8], record: Option<&Record>) -> Self {
-        match record.map(|record| (record, merkle::digest(key, record))) {
+        match record {
             None => Self::Nowhere,
-            Some((_, 0)) => Self::Dead,
-            Some((record, digest)) => Self::Live(digest, expiring(record)),
+            Some(record) if record.is_dead() => Self::Dead,
+            Some(record) if KEEPS_TREE => Self::Live(merkle::digest(key, record), expiring(record)),
+            Some(record) => Self::Live(0, expiring(record)),
         }
     }
 
@@ -423,9 +426,11 @@ impl<'a> Run<'a> {
                     leaves.push((merkle::leaf_of(key), change));
                 }
                 match (was.is_live(), is.is_live()) {
-                    (false, true) => self.batch.put(self.keys.hash(namespace, key), b""),
+                    (false, true) if KEEPS_TREE => {
+                        self.batch.put(self.keys.hash(namespace, key), b"");
+                    }
                     (true, false) => self.batch.delete(self.keys.hash(namespace, key)),
-                    (true, true) | (false, false) => {}
+                    (true | false, _) => {}
                 }
                 for value in was.expiring().iter().filter(|it| !is.expiring().contains(it)) {
                     self.batch.delete(self.keys.expiry(namespace, key, *value));
