@@ -269,6 +269,19 @@ fn topology(config: &Config) -> anyhow::Result<Topology> {
     })
 }
 
+/// Whether a region has data that it did not get by joining: what `join` says is over then.
+fn has_lived(store: &Store, topology: &Topology) -> anyhow::Result<bool> {
+    for number in 0..topology.shard_count {
+        let id = ShardId(number);
+        let shard = store.shard(id).with_context(|| format!("cannot open shard {id}"))?;
+        let has_joined = shard.members().said(topology.region).is_some();
+        if !has_joined && !shard.frontiers().is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 fn consensus_config(config: &Config, identity: &Identity) -> ConsensusConfig {
     let node_id = NodeId(config.node_id);
     let defaults =
@@ -337,7 +350,9 @@ impl Node {
     pub async fn start(config: &Config, set_log_filter: SetLogFilter) -> anyhow::Result<Self> {
         let ports = Ports::bind(config).await?;
         let Disk { log, store, identity } = Disk::open(config)?;
-        let topology = Arc::new(topology(config)?);
+        let mut topology = topology(config)?;
+        topology.joins = config.join && !has_lived(&store, &topology)?;
+        let topology = Arc::new(topology);
         let consensus =
             Consensus::start(consensus_config(config, &identity), log.clone(), store.clone())
                 .await

@@ -23,12 +23,13 @@ const FREE_REDIRECTS: u32 = 2;
 
 /// Reasons of `UNAVAILABLE` that are given before anything is proposed. A proposal whose fate is
 /// open is answered with another one (`NO_QUORUM`, `REPLICA_FAILED`, `OUTCOME_UNKNOWN`).
-const REFUSALS: [&str; 6] = [
+const REFUSALS: [&str; 7] = [
     "CLOCK_OUT_OF_BOUNDS",
     "CONTEXT_AHEAD",
     "DRAINING",
     "NOT_LEADER",
     "NO_LEADER",
+    "REGION_SEEDING",
     "REGION_UNREACHABLE",
 ];
 

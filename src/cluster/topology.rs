@@ -1,6 +1,9 @@
 //! The regions of the cluster, and the nodes of the local one.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    sync::Arc,
+};
 
 use tokio::sync::watch;
 use tombolo_core::{
@@ -54,12 +57,19 @@ impl Regions {
     /// Takes over what the catalog says. The configuration has the last word on where a region is
     /// reached, if it lists it: its own people know best, and may have to mend it.
     pub fn learn(&self, catalog: impl IntoIterator<Item = RegionEntry>) {
+        // One that was known once stays: a region that starts over must still find the others.
+        let known = self.current();
+        let known = known.iter().map(|region| Region { said: None, ..region.clone() });
         let mut regions: BTreeMap<RegionId, Region> =
-            self.configured.iter().map(|region| (region.id, region.clone())).collect();
+            known.map(|region| (region.id, region)).collect();
         for entry in catalog {
             let RegionEntry { id, name, link_addresses, member } = entry;
-            let region =
-                regions.entry(id).or_insert(Region { id, name, link_addresses, said: None });
+            let is_configured = self.configured.iter().any(|region| region.id == id);
+            let region = Region { id, name, link_addresses, said: None };
+            let region = match regions.entry(id) {
+                Entry::Occupied(held) if is_configured => held.into_mut(),
+                held => held.insert_entry(region).into_mut(),
+            };
             region.said = region.said.max(Some(member));
         }
         let regions: Arc<[Region]> = regions.into_values().collect();

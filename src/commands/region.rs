@@ -193,6 +193,9 @@ async fn review(
         while let Some(namespace) = rest.first().map(|it| it.namespace.clone()) {
             let (these, others): (Vec<_>, Vec<_>) =
                 rest.into_iter().partition(|it| it.namespace == namespace);
+            // Which ones is enough.
+            let these = these.into_iter().map(|it| v1::Review { data: Default::default(), ..it });
+            let these = these.collect();
             let done = client.admin().dismiss_reviews(namespace, these).await?;
             warn_unreachable(&done.unreachable, io)?;
             rest = others;
@@ -255,7 +258,7 @@ pub(crate) fn show_state(region: &v1::Region) -> String {
         v1::Membership::Active | v1::Membership::Unspecified => {
             word(region.state().as_str_name(), "REGION_STATE_")
         }
-        _ if region.local => {
+        v1::Membership::Joining | v1::Membership::Recovering if region.local => {
             let state = word(membership.as_str_name(), "MEMBERSHIP_");
             format!("{state}, {} shards done", region.shards_active)
         }

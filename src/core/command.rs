@@ -219,6 +219,9 @@ pub struct StartOver {
     pub local: Actor,
     /// What the others have, by namespace: of this region's values, those above it are kept.
     pub known: BTreeMap<NamespaceId, VersionVector>,
+    /// What the others know of the regions. It replaces what was known here: a region that was shut out
+    /// may have decided things that nobody else went by.
+    pub members: Members,
 }
 
 /// Forgets writes that were kept for review.
@@ -453,7 +456,7 @@ impl Command {
                 writer.u8(LEARN);
                 members.encode(&mut writer);
             }
-            Self::StartOver(StartOver { local, known }) => {
+            Self::StartOver(StartOver { local, known, members }) => {
                 writer.u8(START_OVER);
                 encode_actor(*local, &mut writer);
                 writer.count(known.len());
@@ -461,6 +464,7 @@ impl Command {
                     writer.varint(u64::from(namespace.0));
                     known.encode(&mut writer);
                 }
+                members.encode(&mut writer);
             }
             Self::ForgetReviewed(ForgetReviewed { namespace, writes }) => {
                 writer.u8(FORGET_REVIEWED);
@@ -539,7 +543,8 @@ impl Command {
                         Ok((namespace, VersionVector::decode(&mut reader)?))
                     })
                     .collect::<Result<_, DecodeError>>()?;
-                Self::StartOver(StartOver { local, known })
+                let members = Members::decode(&mut reader)?;
+                Self::StartOver(StartOver { local, known, members })
             }
             FORGET_REVIEWED => {
                 let namespace = NamespaceId(reader.u32()?);
@@ -942,9 +947,9 @@ mod tests {
                 }
             ),
             any_members().prop_map(Command::Learn),
-            (any_actor(), any_vector()).prop_map(|(local, known)| {
+            (any_actor(), any_vector(), any_members()).prop_map(|(local, known, members)| {
                 let known = [(NamespaceId(1), known.clone()), (NamespaceId(16), known)].into();
-                Command::StartOver(StartOver { local, known })
+                Command::StartOver(StartOver { local, known, members })
             }),
             prop::collection::vec((any_bytes(), any_actor(), 1u64..9), 0..3).prop_map(|writes| {
                 let write = |(key, actor, seq)| (key, Dot { actor, seq });

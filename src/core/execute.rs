@@ -126,8 +126,10 @@ pub fn execute<S: ShardState>(state: &mut S, command: &Command) -> Result<Outcom
         Command::StartOver(start) => {
             let Actor { region, incarnation } = start.local;
             let joining = Member { incarnation, state: MemberState::Joining };
-            if learn(state, [(region, joining)]) {
+            if state.members().said(region).is_none_or(|said| said < joining) {
                 state.start_over(region, &start.known);
+                let others = start.members.iter().filter(|(id, _)| *id != region);
+                state.set_members(others.chain([(region, joining)]).collect());
             }
             Ok(Outcome::Done)
         }
@@ -140,8 +142,8 @@ pub fn execute<S: ShardState>(state: &mut S, command: &Command) -> Result<Outcom
     }
 }
 
-/// Learns of regions; answers whether there was news.
-fn learn<S: ShardState>(state: &mut S, said: impl IntoIterator<Item = (RegionId, Member)>) -> bool {
+/// Learns of regions.
+fn learn<S: ShardState>(state: &mut S, said: impl IntoIterator<Item = (RegionId, Member)>) {
     let mut members = state.members();
     let mut is_news = false;
     for (region, member) in said {
@@ -150,7 +152,6 @@ fn learn<S: ShardState>(state: &mut S, said: impl IntoIterator<Item = (RegionId,
     if is_news {
         state.set_members(members);
     }
-    is_news
 }
 
 /// Whether something that came from `source` to `local` may be taken: the one is not shut out, and

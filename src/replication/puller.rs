@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tombolo_cluster::{Region, Topology};
 use tombolo_core::{
-    Actor, Change, Member, MemberState, NamespaceId, RegionId, Rule, VersionVector,
+    Actor, Change, Member, MemberState, Members, NamespaceId, RegionId, Rule, VersionVector,
     command::{Ingested, LinkSetting, Stopped},
     namespace::Namespace,
     pending::Pending,
@@ -117,8 +117,9 @@ impl Puller {
             let pause = match &error {
                 PullError::Stopped => break,
                 PullError::Regressed(reason) => {
-                    self.stop_writing(reason).await;
-                    self.shard.hear_from(self.peer.id);
+                    if self.stop_writing(reason).await {
+                        self.shard.hear_from(self.peer.id);
+                    }
                     backoff.next_pause()
                 }
                 PullError::Paused => {
@@ -267,6 +268,9 @@ impl Puller {
         let met = Met::decode(self.shard.topology(), opened);
         let met = met.map_err(|status| classify(address, &status))?;
         self.hear_of_oneself(own, &met).await?;
+        if !met.refused.is_empty() {
+            return Err(PullError::Broken(format!("{address}: {}", met.refused)));
+        }
         if !self.shard.store().members().admit(met.source) {
             let theirs = met.source.incarnation;
             return Err(broken(&format!(
@@ -283,19 +287,44 @@ impl Puller {
         let region = self.shard.topology().region;
         let deadline = Instant::now() + INGEST_TIMEOUT;
         let name = &self.peer.name;
+        let known = self.shard.store().members();
+        if known.get(self.peer.id).state != MemberState::Active {
+            // Here it was decided that the peer begins anew, or is out: it has no say in this region. If
+            // both were told to begin anew, neither does.
+            return match met.you {
+                Some(you) if own < you => Err(broken(&format!(
+                    "region `{name}` knows this region as {:?}, and is itself {:?} here: start the \
+                     region that is to give way with empty directories and `join = true`",
+                    you.state,
+                    known.get(self.peer.id).state
+                ))),
+                _ => Ok(()),
+            };
+        }
+        if own.state.is_joining() && !known.know_all_of(&met.others(region)) {
+            // Before it has the catalog, it knows nobody's incarnation but by them.
+            let learnt = self.shard.learn(met.others(region), deadline).await;
+            learnt.map_err(|error| broken(&error.to_string()))?;
+        }
         match met.you {
             Some(you) if own < you => {
                 let is_new_life = own.incarnation < you.incarnation;
                 let done = match you.state {
                     MemberState::Joining if is_new_life => {
-                        let known = met.known.clone();
-                        self.shard.start_over(you.incarnation, known, deadline).await
+                        let (known, members) = (met.known.clone(), met.members.clone());
+                        self.shard.start_over(you.incarnation, known, members, deadline).await
                     }
                     MemberState::Active if is_new_life => {
                         return Err(PullError::Regressed(format!(
                             "region `{name}` knows this region in incarnation {}, and this shard is \
                              in incarnation {}: its data is from before that",
                             you.incarnation, own.incarnation
+                        )));
+                    }
+                    MemberState::Active if own.state.is_joining() => {
+                        return Err(broken(&format!(
+                            "region `{name}` knows that this region had all data, which is gone: \
+                             `tombolo ctl region recover`, run there, gives it a new incarnation"
                         )));
                     }
                     // Whether it has all that it needs it knows by itself.
@@ -339,8 +368,9 @@ impl Puller {
         Ok(())
     }
 
-    /// The counters went back: another write would carry an identity that is used already.
-    async fn stop_writing(&self, reason: &str) {
+    /// The counters went back: another write would carry an identity that is used already. Answers whether
+    /// that is noted.
+    async fn stop_writing(&self, reason: &str) -> bool {
         tracing::error!(
             shard = %self.shard.id(),
             peer = %self.peer.name,
@@ -350,14 +380,16 @@ impl Puller {
         );
         let own = self.shard.own_member();
         if own.state != MemberState::Active {
-            return;
+            return true;
         }
         let regressed = Member { state: MemberState::Regressed, ..own };
         let region = self.shard.topology().region;
         let deadline = Instant::now() + INGEST_TIMEOUT;
-        if let Err(error) = self.shard.set_member(region, regressed, deadline).await {
+        let noted = self.shard.set_member(region, regressed, deadline).await;
+        if let Err(error) = &noted {
             tracing::warn!(%error, "will be noted with the next attempt");
         }
+        noted.is_ok()
     }
 
     /// How to treat the end of a repair.
@@ -395,6 +427,10 @@ struct Met {
     you: Option<Member>,
     /// What it has of this region's events.
     known: BTreeMap<NamespaceId, VersionVector>,
+    /// What it knows of the regions.
+    members: Members,
+    /// Why it serves nothing.
+    refused: String,
 }
 
 impl Met {
@@ -406,7 +442,13 @@ impl Met {
             let events = wire::decode_frontier(namespace.events)?;
             known.insert(NamespaceId(namespace.namespace), events);
         }
-        Ok(Self { source, you, known })
+        let (members, refused) = (wire::decode_members(opened.members)?, opened.refused);
+        Ok(Self { source, you, known, members, refused })
+    }
+
+    /// What it knows of the regions but this one.
+    fn others(&self, own: RegionId) -> Members {
+        self.members.iter().filter(|(region, _)| *region != own).collect()
     }
 }
 

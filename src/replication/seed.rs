@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// Between two looks at what is left to do.
-const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 /// A pass that took longer is followed by another one.
 const LAST_PASS_MAX: Duration = Duration::from_secs(5);
 /// Passes after which what is still missing is left to the stream.
@@ -147,12 +147,16 @@ impl Puller {
     async fn end_seeding(&self, own: Member, any: bool) -> Result<(), PullError> {
         let topology = self.shard.topology();
         let members = self.shard.store().members();
+        let this = BTreeSet::from([self.peer.id]);
         if self.shard.id() != topology.catalog_shard() {
             let of_catalog = self.shards.catalog_shard().own_member();
             let active = Member { state: MemberState::Active, ..own };
             if of_catalog != active {
                 return Ok(());
             }
+        }
+        if !self.namespaces().keys().all(|id| self.seeded.is_done(*id, &this, &members, any)) {
+            return Ok(());
         }
         // Who takes part is in the catalog, which has just come.
         self.shards.reload_catalog().map_err(|error| broken(&error.to_string()))?;

@@ -6,7 +6,7 @@ use futures::{Stream, StreamExt, future::BoxFuture};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tombolo_core::{Actor, MemberState, Rule, ShardId, VersionVector};
+use tombolo_core::{Actor, MemberState, Members, Rule, ShardId, VersionVector};
 use tombolo_proto::internal::v1::{
     self as pb,
     link_service_server::{LinkService, LinkServiceServer},
@@ -142,7 +142,7 @@ pub(crate) fn admit(shard: &Shard, caller: Actor, joins: bool) -> Result<(), Sta
 }
 
 /// What a shard here was told of the caller, and has of its events.
-fn opened(shard: &Shard, caller: Actor) -> pb::Opened {
+fn opened(shard: &Shard, caller: Actor, refused: Option<&Status>) -> pb::Opened {
     let topology = shard.topology();
     let own = |vector: VersionVector| -> VersionVector {
         vector.iter().filter(|(actor, _)| actor.region == caller.region).collect()
@@ -153,12 +153,19 @@ fn opened(shard: &Shard, caller: Actor) -> pb::Opened {
     });
     let region = topology.region(caller.region);
     let identity = region.map(|region| link_identity(topology, shard.own_member(), &region));
-    let said = shard.store().members().said(caller.region);
+    // What one that does not take part itself was told, or decided, nobody else may go by.
+    let members = match shard.own_member().state {
+        MemberState::Active => shard.store().members(),
+        _ => Members::new(),
+    };
+    let said = members.said(caller.region);
     pb::Opened {
         identity,
         node_id: topology.node.0,
         you: said.map(|member| wire::encode_member(caller.region, member)),
         known: known.collect(),
+        members: wire::encode_members(&members),
+        refused: refused.map_or_else(String::new, |status| status.message().to_owned()),
     }
 }
 
@@ -191,11 +198,11 @@ impl LinkService for LinkServer {
         let shard = self.led_shard(open.shard)?.clone();
 
         let (replies, receiver) = mpsc::channel(STREAM_MESSAGES_MAX);
-        let opened = pb::pull_response::Body::Opened(opened(&shard, peer));
+        let refused = admit(&shard, peer, joins).err();
+        let opened = pb::pull_response::Body::Opened(opened(&shard, peer, refused.as_ref()));
         // The channel is new and has room.
         let _ = replies.try_send(Ok(pb::PullResponse { body: Some(opened) }));
-        if let Err(status) = admit(&shard, peer, joins) {
-            let _ = replies.try_send(Err(status));
+        if refused.is_some() {
             return Ok(Response::new(Box::pin(ReceiverStream::new(receiver))));
         }
         let feed = Feed {

@@ -35,8 +35,8 @@ impl RegionApi {
 
     /// The region with this name, which must be another one.
     pub(crate) fn peer(&self, name: &str) -> Result<RegionId, Status> {
-        let peers = self.gateway.topology().peers();
-        let region = peers.into_iter().find(|region| region.name == name);
+        let others = self.gateway.topology().others();
+        let region = others.into_iter().find(|region| region.name == name);
         region.map(|region| region.id).ok_or_else(|| {
             Reason::RegionNotFound
                 .status(format!("there is no other region `{name}`"), &[("region", name.into())])

@@ -159,13 +159,13 @@ impl Gateway {
         consistency: &Consistency,
         deadline: Instant,
     ) -> Result<Revision, Status> {
-        if namespace != NamespaceId::CATALOG {
-            shard.check_whole().map_err(|error| self.status(error))?;
-        }
         loop {
             let refused = match shard.prepare_read(namespace, consistency, deadline).await {
                 Err(ShardError::NotLeader { leader, .. }) => leader,
-                other => return other.map_err(|error| self.status(error)),
+                other => {
+                    let revision = other.map_err(|error| self.status(error))?;
+                    return self.whole(shard, namespace, revision);
+                }
             };
             if Instant::now() >= deadline {
                 let error = ShardError::NotLeader { shard: shard.id(), leader: refused };
@@ -177,7 +177,10 @@ impl Gateway {
                 continue;
             };
             match self.read_index_from(leader, shard, deadline).await {
-                Ok(revision) => return self.wait_index(shard, revision, deadline).await,
+                Ok(revision) => {
+                    let revision = self.wait_index(shard, revision, deadline).await?;
+                    return self.whole(shard, namespace, revision);
+                }
                 // A leader that just changed, or does not answer: look again.
                 Err(status) => {
                     tracing::debug!(shard = %shard.id(), %leader, %status, "no read index yet");
@@ -185,6 +188,19 @@ impl Gateway {
                 }
             }
         }
+    }
+
+    /// A region may have begun anew while a read waited: what it has then is no answer.
+    fn whole(
+        &self,
+        shard: &Shard,
+        namespace: NamespaceId,
+        revision: Revision,
+    ) -> Result<Revision, Status> {
+        if namespace != NamespaceId::CATALOG {
+            shard.check_whole().map_err(|error| self.status(error))?;
+        }
+        Ok(revision)
     }
 
     async fn read_index_from(

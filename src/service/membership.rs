@@ -30,6 +30,8 @@ use crate::{
 const ATTEMPTS: usize = 8;
 /// Longest name of a region.
 const NAME_BYTES_MAX: usize = 32;
+/// What one node lists for review at once: with several nodes' it must fit one message.
+const REVIEW_BYTES_MAX: usize = 512 << 10;
 
 /// What an operator decided.
 #[derive(Clone, Debug)]
@@ -48,6 +50,8 @@ impl RegionApi {
         decision: &Decision,
         call: Call,
     ) -> Result<Region, Status> {
+        // One at a time: what is checked of other regions must still hold when it is written.
+        let _deciding = self.deciding.lock().await;
         for _ in 0..ATTEMPTS {
             let shard = self.gateway.shards().catalog_shard();
             let consistency = Consistency::Linearizable;
@@ -117,7 +121,7 @@ impl RegionApi {
             Some(Member { incarnation, state: MemberState::Fenced }) => {
                 Member { incarnation: incarnation + 1, state: MemberState::Joining }
             }
-            Some(Member { state: MemberState::Joining, .. }) => return Ok(None),
+            Some(member @ Member { state: MemberState::Joining, .. }) => member,
             Some(Member { state: MemberState::Removed, .. }) => {
                 return Err(invalid(format!(
                     "region `{name}` was removed; names and numbers are not used again"
@@ -137,6 +141,9 @@ impl RegionApi {
             Some(region) if link_addresses.is_empty() => region.link_addresses.clone(),
             Some(_) | None => checked_addresses(link_addresses)?,
         };
+        if present == Some(member) && known.is_some_and(|it| it.link_addresses == link_addresses) {
+            return Ok(None);
+        }
         Ok(Some(RegionEntry { id, name: name.to_owned(), link_addresses, member }))
     }
 
@@ -182,6 +189,11 @@ impl RegionApi {
         if region.id == self.gateway.topology().region {
             return Err(invalid(format!("run this in another region than `{name}`")));
         }
+        if state == MemberState::Removed && region.id == self.gateway.topology().catalog_home {
+            return Err(invalid(format!(
+                "region `{name}` is the catalog's home: name another one as `catalog.home` in all files first"
+            )));
+        }
         let present = region.said.unwrap_or_default();
         let member = Member { state, ..present };
         Ok((present < member).then(|| entry(region, member)))
@@ -189,14 +201,21 @@ impl RegionApi {
 
     fn recover(&self, name: &str, known: Option<Region>) -> Result<Option<RegionEntry>, Status> {
         let region = known.ok_or_else(|| not_found(name))?;
+        let topology = self.gateway.topology();
+        if region.id == topology.region && !topology.peers().is_empty() {
+            return Err(invalid(format!("run this in another region than `{name}`")));
+        }
         let Member { incarnation, state } = region.said.unwrap_or_default();
         match state {
             MemberState::Active | MemberState::Regressed => {}
             MemberState::Joining | MemberState::Recovering => return Ok(None),
-            MemberState::Fenced | MemberState::Removed => {
+            MemberState::Fenced => {
                 return Err(invalid(format!(
-                    "region `{name}` is {state:?}: `tombolo ctl region add` takes a fenced region back"
+                    "region `{name}` is fenced: `tombolo ctl region add` takes it back"
                 )));
+            }
+            MemberState::Removed => {
+                return Err(invalid(format!("region `{name}` was removed for good")));
             }
         }
         self.check_nobody_else_joins(name)?;
@@ -207,17 +226,21 @@ impl RegionApi {
     /// What is kept for review in this node's shards.
     pub(crate) async fn own_reviews(&self, limit: u32) -> Result<Vec<pb::Review>, Status> {
         let limit = rows(limit);
-        let mut found = Vec::new();
+        let (mut found, mut bytes) = (Vec::new(), 0);
         for shard in self.led() {
             for namespace in self.all_namespaces() {
                 let store = shard.store().clone();
                 let kept = blocking(move || store.reviewed(namespace, limit)).await;
                 let kept = kept.map_err(|error| self.gateway.status(ShardError::from(error)))?;
                 for (key, held) in kept {
+                    if bytes > REVIEW_BYTES_MAX {
+                        return Ok(found);
+                    }
                     let (is_delete, data) = match held.content {
                         Content::Tombstone => (true, bytes::Bytes::new()),
                         Content::Value { data, .. } => (false, data),
                     };
+                    bytes += key.len() + data.len();
                     found.push(pb::Review {
                         namespace: self.namespace_name(namespace),
                         key,
@@ -235,7 +258,7 @@ impl RegionApi {
     /// Forgets what is kept for review, in this node's shards.
     pub(crate) async fn dismiss(
         &self,
-        namespace: &Namespace,
+        namespace: NamespaceId,
         reviews: &[pb::Review],
         call: Call,
     ) -> Result<(), Status> {
@@ -250,7 +273,7 @@ impl RegionApi {
                 }
             }
             if !writes.is_empty() {
-                let done = shard.forget_reviewed(namespace.id, writes, call.deadline).await;
+                let done = shard.forget_reviewed(namespace, writes, call.deadline).await;
                 done.map_err(|error| self.gateway.status(error))?;
             }
         }

@@ -6,8 +6,8 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::future::join_all;
-use tokio::time::Instant;
-use tombolo_core::{NamespaceId, command::LinkSetting};
+use tokio::{sync::Mutex, time::Instant};
+use tombolo_core::{MemberState, NamespaceId, command::LinkSetting};
 use tombolo_proto::v1::{
     self as pb,
     region_service_client::RegionServiceClient,
@@ -30,6 +30,8 @@ pub struct RegionApi {
     pub(crate) gateway: Arc<Gateway>,
     pub(crate) statuses: Arc<LinkStatuses>,
     pub(crate) comparer: Comparer,
+    /// Held while an operator's decision is checked and written.
+    pub(crate) deciding: Mutex<()>,
 }
 
 const PEER_TIMEOUT: Duration = Duration::from_secs(1);
@@ -37,7 +39,7 @@ const PEER_TIMEOUT: Duration = Duration::from_secs(1);
 impl RegionApi {
     /// Serves what `statuses` say about this node's links, and the other nodes' of the region.
     pub fn new(gateway: Arc<Gateway>, statuses: Arc<LinkStatuses>, comparer: Comparer) -> Self {
-        Self { gateway, statuses, comparer }
+        Self { gateway, statuses, comparer, deciding: Mutex::default() }
     }
 
     /// The tonic service.
@@ -226,6 +228,12 @@ impl RegionApi {
         let mine: Vec<&pb::Link> =
             links.iter().filter(|link| link.peer_region == region.name).collect();
         let streaming = mine.iter().filter(|link| link.phase() == pb::LinkPhase::Streaming).count();
+        let reached = |link: &&&pb::Link| {
+            let phases =
+                [pb::LinkPhase::Streaming, pb::LinkPhase::Repairing, pb::LinkPhase::Seeding];
+            phases.contains(&link.phase())
+        };
+        let reached = mine.iter().filter(reached).count();
         let shards_with_leader =
             self.gateway.shards().iter().filter(|shard| shard.leader().is_some()).count();
         let state = match streaming {
@@ -233,7 +241,7 @@ impl RegionApi {
                 pb::RegionState::Up
             }
             _ if local => pb::RegionState::Degraded,
-            0 => pb::RegionState::Unreachable,
+            _ if reached == 0 => pb::RegionState::Unreachable,
             count if count == mine.len() && unreachable == 0 => pb::RegionState::Up,
             _ => pb::RegionState::Degraded,
         };
@@ -241,14 +249,13 @@ impl RegionApi {
         let shards = self.gateway.shards();
         let member = if local {
             // Whether it has all is decided here, and reaches the catalog a moment later.
-            let least = shards.iter().map(tombolo_shard::Shard::own_member).min();
-            least.unwrap_or_default()
+            let members = shards.iter().map(tombolo_shard::Shard::own_member);
+            members.max_by_key(|member| urgency(member.state)).unwrap_or_default()
         } else {
             region.said.unwrap_or_default()
         };
-        let is_active = |shard: &&tombolo_shard::Shard| {
-            shard.own_member().state == tombolo_core::MemberState::Active
-        };
+        let is_active =
+            |shard: &&tombolo_shard::Shard| shard.own_member().state == MemberState::Active;
         let shards_active = shards.iter().filter(is_active).count();
         pb::Region {
             membership: membership(member.state).into(),
@@ -264,6 +271,17 @@ impl RegionApi {
             nodes_up: if local { count(nodes.saturating_sub(unreachable)) } else { 0 },
             nodes: if local { count(nodes) } else { 0 },
         }
+    }
+}
+
+/// Which of its shards' states says most about a region.
+const fn urgency(state: MemberState) -> u8 {
+    match state {
+        MemberState::Active => 0,
+        MemberState::Joining | MemberState::Recovering => 1,
+        MemberState::Regressed => 2,
+        MemberState::Fenced => 3,
+        MemberState::Removed => 4,
     }
 }
 
@@ -544,8 +562,11 @@ impl RegionService for RegionApi {
         let call = self.gateway.call(request.metadata());
         let only_here = is_set(request.metadata(), THIS_NODE_ONLY);
         let message = request.into_inner();
-        let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
-        self.dismiss(&namespace, &message.reviews, call).await?;
+        let namespace = match message.namespace.as_str() {
+            "catalog" => NamespaceId::CATALOG,
+            name => self.gateway.namespace(name, call.deadline).await?.id,
+        };
+        self.dismiss(namespace, &message.reviews, call).await?;
         let mut unreachable = Vec::new();
         if !only_here {
             let patience = call.deadline.saturating_duration_since(Instant::now());

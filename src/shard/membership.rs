@@ -39,6 +39,9 @@ pub async fn follow_regions(shards: Shards, shutdown: CancellationToken) {
                 tracing::debug!(shard = %shard.id(), %error, "will be told of the regions again");
             }
         }
+        if let Err(error) = say_again(&shards).await {
+            tracing::debug!(%error, "what was decided on a region will be written again later");
+        }
         if let Err(error) = announce(&shards).await {
             tracing::debug!(%error, "the other regions will be told later that this one has all data");
         }
@@ -84,7 +87,30 @@ async fn announce(shards: &Shards) -> Result<(), ShardError> {
     if !shard.is_leader() || shards.iter().any(|shard| shard.own_member() != member) {
         return Ok(());
     }
-    let Region { id, name, link_addresses, .. } = own;
+    write_entry(shard, own, member).await
+}
+
+/// Writes a decision again that another one, made without it, has replaced in the catalog: all shards that
+/// know it go by it for good.
+async fn say_again(shards: &Shards) -> Result<(), ShardError> {
+    let (topology, shard) = (shards.topology(), shards.catalog_shard());
+    if !shard.is_leader() || shard.own_member().state != MemberState::Active {
+        return Ok(());
+    }
+    let members = shard.store().members();
+    for region in topology.regions().iter().filter(|region| region.id != topology.region) {
+        let known = members.said(region.id);
+        if let (Some(said), Some(known)) = (region.said, known)
+            && said < known
+        {
+            write_entry(shard, region.clone(), known).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn write_entry(shard: &Shard, region: Region, member: Member) -> Result<(), ShardError> {
+    let Region { id, name, link_addresses, .. } = region;
     let key = RegionEntry::catalog_key(&name);
     let content = Content::value(RegionEntry { id, name, link_addresses, member }.to_bytes());
     let namespace = Namespace { id: NamespaceId::CATALOG, ..Namespace::default_namespace() };

@@ -134,9 +134,7 @@ impl Shard {
         let Topology { region, joins, .. } = *self.inner.topology;
         match self.inner.store.members().said(region) {
             Some(said) => said,
-            None if joins && self.inner.store.frontiers().is_empty() => {
-                Member { state: MemberState::Joining, ..Member::default() }
-            }
+            None if joins => Member { state: MemberState::Joining, ..Member::default() },
             None => Member::default(),
         }
     }

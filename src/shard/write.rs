@@ -238,6 +238,7 @@ impl Shard {
         values: Vec<(Bytes, Dot)>,
         deadline: Instant,
     ) -> Result<(), ShardError> {
+        self.wait_heard(deadline).await;
         let expire = Expire {
             namespace: namespace.id,
             rule: namespace.rule,
@@ -293,7 +294,7 @@ impl Shard {
     }
 
     /// Drops all data of this shard and begins in a new incarnation. Values that this region wrote and
-    /// `known` does not cover are kept for review.
+    /// `known` does not cover are kept for review. From then on it knows of the regions what `members` say.
     ///
     /// # Errors
     /// See [`ShardError`]. Repeating is harmless: an incarnation begins once.
@@ -301,11 +302,12 @@ impl Shard {
         &self,
         incarnation: u32,
         known: BTreeMap<NamespaceId, VersionVector>,
+        members: Members,
         deadline: Instant,
     ) -> Result<(), ShardError> {
         let local = Actor { incarnation, ..self.actor() };
         tracing::warn!(shard = %self.inner.id, incarnation, "drops its data and begins anew");
-        let command = Command::StartOver(StartOver { local, known });
+        let command = Command::StartOver(StartOver { local, known, members });
         self.propose(&command, deadline).await.map(|_| ())
     }
 

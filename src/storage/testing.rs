@@ -425,7 +425,8 @@ impl World {
             Event::StartOver { known } => {
                 let local = Actor { incarnation: self.actor().incarnation + 1, ..LOCAL };
                 let known = if *known { self.remote.frontiers.clone() } else { BTreeMap::new() };
-                Command::StartOver(StartOver { local, known })
+                let members = self.remote.members.clone();
+                Command::StartOver(StartOver { local, known, members })
             }
             Event::Activate => {
                 let incarnation = self.actor().incarnation;

@@ -592,13 +592,17 @@ fn starting_over_drops_all_and_keeps_for_review_what_nobody_else_has() {
     }
     let known = [(NS, [(actor(2), 1)].into_iter().collect())].into();
     let reborn = Actor { incarnation: 2, ..actor(2) };
-    let start = Command::StartOver(StartOver { local: reborn, known });
+    let fenced = Member { incarnation: 1, state: MemberState::Fenced };
+    execute(&mut eu, &Command::Learn([(RegionId(3), fenced)].into_iter().collect())).unwrap();
+    let members: Members = [(RegionId(4), fenced)].into_iter().collect();
+    let start = Command::StartOver(StartOver { local: reborn, known, members });
     execute(&mut eu, &start).unwrap();
     assert!(eu.records.is_empty() && eu.changes.is_empty() && eu.frontiers.is_empty());
     let kept: Vec<_> = eu.review.values().map(|held| (held.dot.seq, &held.content)).collect();
     assert_eq!(kept, [(3, &Content::value("3"))]);
     let joining = Member { incarnation: 2, state: MemberState::Joining };
-    assert_eq!(eu.members.get(RegionId(2)), joining);
+    let known: Vec<_> = eu.members.iter().collect();
+    assert_eq!(known, [(RegionId(2), joining), (RegionId(4), fenced)], "as the others know it");
 
     execute(&mut eu, &Command::Write(write(2, 1, vec![put("k", "v")]))).unwrap();
     let before = eu.clone();

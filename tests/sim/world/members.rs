@@ -223,6 +223,7 @@ impl World {
         let Some(other) = (0..self.regions.len()).find(returns) else { return };
         let local = self.regions[other].members().actor(region.id);
         let known = [(NAMESPACE, self.regions[other].data.frontier())].into();
+        let members = self.regions[other].members().clone();
         // First what was decided before.
         let joining = Member { incarnation: local.incarnation, state: MemberState::Joining };
         let act = self.acts.iter().position(|act| *act == (local.region, joining));
@@ -238,7 +239,7 @@ impl World {
         let command = if self.is(Mutant::KeepFencedWrites) {
             Command::Learn([(local.region, joining)].into_iter().collect())
         } else {
-            Command::StartOver(StartOver { local, known })
+            Command::StartOver(StartOver { local, known, members })
         };
         self.propose(at, command, Waiter::Nobody);
     }
