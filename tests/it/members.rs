@@ -316,6 +316,56 @@ async fn a_region_that_lost_its_disks_and_does_not_know_it_takes_no_write() {
     cluster.stop().await;
 }
 
+/// Each was told that the other begins anew: data that both hold must not go.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_two_regions_that_fenced_each_other_neither_drops_its_data() {
+    let mut cluster = Cluster::start(&[("us", 1), ("eu", 1)], 2).await;
+    let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
+    us.namespace("default").put("both", "v").await.unwrap();
+    wait_equal(&us, &eu, "default").await;
+    for (here, there) in [("us", "eu"), ("eu", "us")] {
+        cluster.member(there).stop().await;
+        let client = cluster.client(here).await;
+        client.admin().fence_region(there).await.unwrap();
+        wait_membership(&client, there, proto::Membership::Fenced).await;
+        client.admin().add_region(there, 0, vec![]).await.unwrap();
+        cluster.member(here).stop().await;
+        cluster.member(there).start().await;
+        cluster.wait_ready().await;
+    }
+    cluster.member("eu").start().await;
+    cluster.wait_ready().await;
+    let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
+    for client in [&us, &eu] {
+        wait_until("the link says what is the matter", async || {
+            let links = client.admin().list_links(None).await.unwrap().links;
+            links.iter().any(|link| link.last_error.contains("give way"))
+        })
+        .await;
+        assert!(held(client, "default").await.contains_key(&b"both"[..]));
+        client.namespace("default").put("goes on", "v").await.unwrap();
+    }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn to_join_means_nothing_for_a_region_that_has_data() {
+    let mut cluster = Cluster::start(&[("us", 1), ("eu", 1)], 4).await;
+    let us = cluster.client("us").await;
+    us.namespace("default").put("k", "v").await.unwrap();
+    let member = cluster.member("us");
+    member.stop().await;
+    member.config.join = true;
+    member.start().await;
+    cluster.wait_ready().await;
+    let us = cluster.client("us").await;
+    for number in 0..20 {
+        us.namespace("default").put(format!("k{number}"), "v").await.unwrap();
+    }
+    wait_equal(&us, &cluster.client("eu").await, "default").await;
+    cluster.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_region_without_others_recovers_by_itself() {
     let cluster = Cluster::start(&[("us", 1)], 2).await;
