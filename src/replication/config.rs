@@ -58,6 +58,8 @@ pub(crate) const REPAIRS_MAX: usize = 2;
 /// Largest merge that is proposed at once: a small part of a log entry, so that local writes go on
 /// in between. A larger record goes alone.
 pub(crate) const MERGE_BYTES_MAX: usize = 256 << 10;
+/// The same while clients write here: one of their writes waits behind at most one merge.
+pub(crate) const LIVE_MERGE_BYTES_MAX: usize = 16 << 10;
 /// Digests of leaves in one message.
 pub(crate) const LEAF_PAGE_BYTES: usize = 64 << 10;
 /// How long a merge may take before its outcome counts as unknown.

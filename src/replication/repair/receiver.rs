@@ -29,8 +29,8 @@ use super::{decode_block, encode_block};
 use crate::{
     channels::LinkChannels,
     config::{
-        CONNECT_TIMEOUT, LEAF_PAGE_BYTES, MERGE_BYTES_MAX, MERGE_TIMEOUT, ReplicationConfig,
-        STALL_TIMEOUT,
+        CONNECT_TIMEOUT, LEAF_PAGE_BYTES, LIVE_MERGE_BYTES_MAX, MERGE_BYTES_MAX, MERGE_TIMEOUT,
+        ReplicationConfig, STALL_TIMEOUT,
     },
     pace::Pace,
     server::message_bytes_max,
@@ -534,7 +534,7 @@ impl Comparison {
                 }
                 None => return Err(broken("the peer ended the repair")),
             }
-            if session.bytes >= MERGE_BYTES_MAX && !session.flush(&self).await? {
+            if session.bytes >= session.merge_bytes_max() && !session.flush(&self).await? {
                 return Ok(None);
             }
         }
@@ -557,6 +557,14 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
+    /// Where nobody writes yet there is nobody to wait.
+    fn merge_bytes_max(&self) -> usize {
+        match self.purpose {
+            Purpose::Seed => MERGE_BYTES_MAX,
+            Purpose::CatchUp | Purpose::Check => LIVE_MERGE_BYTES_MAX,
+        }
+    }
+
     fn offer(&mut self, encoded: Bytes) -> Result<Bytes, RepairError> {
         self.bytes += encoded.len();
         let offer = decode_offer(encoded)?;
