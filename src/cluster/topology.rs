@@ -24,6 +24,14 @@ pub struct Region {
     pub said: Option<Member>,
 }
 
+impl Region {
+    /// The catalog's record of it as `member`.
+    pub fn into_entry(self, member: Member) -> RegionEntry {
+        let Self { id, name, link_addresses, said: _ } = self;
+        RegionEntry { id, name, link_addresses, member }
+    }
+}
+
 /// A node of the local region.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Node {

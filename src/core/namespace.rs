@@ -45,6 +45,16 @@ impl Namespace {
         }
     }
 
+    /// The catalog's own namespace.
+    pub fn catalog() -> Self {
+        Self {
+            id: NamespaceId::CATALOG,
+            name: "catalog".to_owned(),
+            rule: Rule::Lww,
+            created: HybridTime::ZERO,
+        }
+    }
+
     /// The catalog key of a name.
     pub fn catalog_key(name: &str) -> Bytes {
         Bytes::from([PREFIX, name].concat())

@@ -187,7 +187,7 @@ impl Puller {
             .map(|namespace| (namespace.id, Arc::clone(namespace)))
             .collect();
         if self.shard.id() == self.shard.topology().catalog_shard() {
-            namespaces.insert(NamespaceId::CATALOG, Arc::new(catalog_namespace()));
+            namespaces.insert(NamespaceId::CATALOG, Arc::new(Namespace::catalog()));
         }
         namespaces
     }
@@ -288,22 +288,23 @@ impl Puller {
         let deadline = Instant::now() + INGEST_TIMEOUT;
         let name = &self.peer.name;
         let known = self.shard.store().members();
-        if known.get(self.peer.id).state != MemberState::Active {
+        let theirs = known.get(self.peer.id).state;
+        if theirs != MemberState::Active {
             // Here it was decided that the peer begins anew, or is out: it has no say in this region. If
             // both were told to begin anew, neither does.
             return match met.you {
                 Some(you) if own < you => Err(broken(&format!(
-                    "region `{name}` knows this region as {:?}, and is itself {:?} here: start the \
-                     region that is to give way with empty directories and `join = true`",
-                    you.state,
-                    known.get(self.peer.id).state
+                    "region `{name}` knows this region as {:?}, and is itself {theirs:?} here: start \
+                     the region that is to give way with empty directories and `join = true`",
+                    you.state
                 ))),
                 _ => Ok(()),
             };
         }
-        if own.state.is_joining() && !known.know_all_of(&met.others(region)) {
+        let others: Members = met.members.iter().filter(|(other, _)| *other != region).collect();
+        if own.state.is_joining() && !known.know_all_of(&others) {
             // Before it has the catalog, it knows nobody's incarnation but by them.
-            let learnt = self.shard.learn(met.others(region), deadline).await;
+            let learnt = self.shard.learn(others, deadline).await;
             learnt.map_err(|error| broken(&error.to_string()))?;
         }
         match met.you {
@@ -444,21 +445,6 @@ impl Met {
         }
         let (members, refused) = (wire::decode_members(opened.members)?, opened.refused);
         Ok(Self { source, you, known, members, refused })
-    }
-
-    /// What it knows of the regions but this one.
-    fn others(&self, own: RegionId) -> Members {
-        self.members.iter().filter(|(region, _)| *region != own).collect()
-    }
-}
-
-/// The catalog's own namespace: last writer wins, and only the home region writes.
-fn catalog_namespace() -> Namespace {
-    Namespace {
-        id: NamespaceId::CATALOG,
-        name: "catalog".to_owned(),
-        rule: Rule::Lww,
-        created: tombolo_core::HybridTime::ZERO,
     }
 }
 

@@ -10,18 +10,18 @@ use std::sync::Arc;
 use tombolo_cluster::Region;
 use tombolo_core::{
     Content, Member, MemberState, NamespaceId, RegionId,
-    command::{Check, Condition, Operation},
-    namespace::Namespace,
+    command::{Check, Condition},
     region::RegionEntry,
 };
 use tombolo_proto::v1 as pb;
-use tombolo_shard::{Consistency, ShardError, WriteOutcome, WriteRequest, blocking};
+use tombolo_shard::{ShardError, WriteOutcome, blocking};
 use tonic::Status;
 
 use crate::{
     anti_entropy::rows,
     convert::{decode_dot, encode_dot},
     gateway::Call,
+    namespace::{CatalogWriter, put},
     reason::Reason,
     region::RegionApi,
 };
@@ -52,16 +52,15 @@ impl RegionApi {
     ) -> Result<Region, Status> {
         // One at a time: what is checked of other regions must still hold when it is written.
         let _deciding = self.deciding.lock().await;
-        for _ in 0..ATTEMPTS {
-            let shard = self.gateway.shards().catalog_shard();
-            let consistency = Consistency::Linearizable;
-            let ready = shard.prepare_read(NamespaceId::CATALOG, &consistency, call.deadline);
-            ready.await.map_err(|error| self.gateway.status(error))?;
+        let catalog = CatalogWriter::new(Arc::clone(&self.gateway));
+        let reload = || {
             let reload = self.gateway.shards().reload_catalog();
-            reload.map_err(|error| self.gateway.status(error))?;
-            let key = RegionEntry::catalog_key(name);
-            let held = shard.record(NamespaceId::CATALOG, &key);
-            let held = held.map_err(|error| self.gateway.status(error))?;
+            reload.map_err(|error| self.gateway.status(error))
+        };
+        let key = RegionEntry::catalog_key(name);
+        for _ in 0..ATTEMPTS {
+            let held = catalog.read(&key, call).await?;
+            reload()?;
             let unchanged = match held.as_ref().and_then(|held| held.siblings().first()) {
                 Some(held) => Condition::DotEquals(held.dot),
                 None => Condition::Absent,
@@ -77,22 +76,15 @@ impl RegionApi {
             };
             let Some(entry) = entry else { break };
             let checks = vec![Check { key: key.clone(), condition: unchanged }];
-            let content = Content::value(entry.to_bytes());
-            let operations = vec![Operation { key, content, context: None }];
-            let namespace =
-                Arc::new(Namespace { id: NamespaceId::CATALOG, ..Namespace::default_namespace() });
-            let request = WriteRequest { namespace, request: None, checks, operations };
-            let reply = shard.write(request, call.deadline).await;
-            let reply = reply.map_err(|error| self.gateway.status(error))?;
-            if let WriteOutcome::Written(_) = reply.outcome {
+            let operations = vec![put(key.clone(), entry.to_bytes())];
+            if let WriteOutcome::Written(_) = catalog.commit(checks, operations, call).await? {
                 tracing::warn!(
                     region = name,
                     incarnation = entry.member.incarnation,
                     state = ?entry.member.state,
                     "an operator decided on a region"
                 );
-                let reload = self.gateway.shards().reload_catalog();
-                reload.map_err(|error| self.gateway.status(error))?;
+                reload()?;
                 break;
             }
         }
@@ -196,7 +188,7 @@ impl RegionApi {
         }
         let present = region.said.unwrap_or_default();
         let member = Member { state, ..present };
-        Ok((present < member).then(|| entry(region, member)))
+        Ok((present < member).then(|| region.into_entry(member)))
     }
 
     fn recover(&self, name: &str, known: Option<Region>) -> Result<Option<RegionEntry>, Status> {
@@ -220,7 +212,7 @@ impl RegionApi {
         }
         self.check_nobody_else_joins(name)?;
         let member = Member { incarnation: incarnation + 1, state: MemberState::Recovering };
-        Ok(Some(entry(region, member)))
+        Ok(Some(region.into_entry(member)))
     }
 
     /// What is kept for review in this node's shards.
@@ -285,11 +277,6 @@ impl RegionApi {
         let named = catalog.iter().map(|namespace| namespace.id);
         std::iter::once(NamespaceId::CATALOG).chain(named).collect()
     }
-}
-
-fn entry(region: Region, member: Member) -> RegionEntry {
-    let Region { id, name, link_addresses, .. } = region;
-    RegionEntry { id, name, link_addresses, member }
 }
 
 fn checked_addresses(addresses: &[String]) -> Result<Vec<String>, Status> {

@@ -148,7 +148,8 @@ impl CatalogWriter {
         }
     }
 
-    async fn read(&self, key: &[u8], call: Call) -> Result<Option<Record>, Status> {
+    /// What the catalog has under a key. Answers on the leader of its shard only.
+    pub(crate) async fn read(&self, key: &[u8], call: Call) -> Result<Option<Record>, Status> {
         let shard = self.gateway.shards().catalog_shard();
         let linearizable = tombolo_shard::Consistency::Linearizable;
         let to_status = |error| self.gateway.status(error);
@@ -160,15 +161,15 @@ impl CatalogWriter {
         shard.record(NamespaceId::CATALOG, key).map_err(to_status)
     }
 
-    async fn commit(
+    /// Writes into the catalog if all checks hold. Answers on the leader of its shard only.
+    pub(crate) async fn commit(
         &self,
         checks: Vec<Check>,
         operations: Vec<Operation>,
         call: Call,
     ) -> Result<WriteOutcome, Status> {
         let shard = self.gateway.shards().catalog_shard();
-        let namespace =
-            Arc::new(Namespace { id: NamespaceId::CATALOG, ..Namespace::default_namespace() });
+        let namespace = Arc::new(Namespace::catalog());
         let request = WriteRequest { namespace, request: None, checks, operations };
         let reply = shard.write(request, call.deadline).await;
         Ok(reply.map_err(|error| self.gateway.status(error))?.outcome)
@@ -426,7 +427,7 @@ fn check_name(name: &str) -> Result<(), Status> {
     Ok(())
 }
 
-fn put(key: Bytes, data: Bytes) -> Operation {
+pub(crate) fn put(key: Bytes, data: Bytes) -> Operation {
     Operation { key, content: Content::value(data), context: None }
 }
 

@@ -19,7 +19,7 @@ use tonic::{Request, Response, Status, metadata::MetadataValue, transport::Chann
 use crate::{
     anti_entropy::rows,
     forward::{THIS_NODE_ONLY, is_set},
-    gateway::{Gateway, request as forwarded},
+    gateway::{Call, Gateway, request as forwarded},
     lag::lag_of,
     membership::{Decision, membership},
     reason::Reason,
@@ -138,22 +138,18 @@ impl RegionApi {
         M: Clone,
         F: Future<Output = Result<Response<T>, Status>>,
     {
-        let call = self.gateway.call(request.metadata());
-        let message = request.into_inner();
-        let peer = self.peer(peer)?;
-        let shard = self.gateway.shards().catalog_shard();
-        let (deadline, change) = (call.deadline, &change);
-        let local = || async move {
+        let (peer, change) = (self.peer(peer)?, &change);
+        let local = |call: Call| async move {
+            let shard = self.gateway.shards().catalog_shard();
             let setting = change(shard.store().link(peer));
-            let set = shard.set_link(peer, setting, deadline).await;
+            let set = shard.set_link(peer, setting, call.deadline).await;
             set.map_err(|error| self.gateway.status(error))
         };
-        let elsewhere = |channel, metadata| {
-            let asked = forwarded(message.clone(), metadata);
-            let asked = remote(RegionServiceClient::new(channel), asked);
+        let elsewhere = |node, request| {
+            let asked = remote(node, request);
             async move { asked.await.map(drop) }
         };
-        self.gateway.on_leader(shard, call, local, elsewhere).await
+        self.on_catalog_leader(request, local, elsewhere).await
     }
 
     /// Decides on a region, here or at the leader of the catalog's shard, to which `remote` brings the
@@ -169,18 +165,34 @@ impl RegionApi {
         M: Clone,
         F: Future<Output = Result<Option<pb::Region>, Status>>,
     {
-        let call = self.gateway.call(request.metadata());
-        let message = request.into_inner();
-        let shard = self.gateway.shards().catalog_shard();
         let decision = &decision;
-        let local = || async move {
+        let local = |call| async move {
             let region = self.decide(name, decision, call).await?;
             Ok(Some(self.region(&region, &self.own_links(), 0)))
         };
+        self.on_catalog_leader(request, local, remote).await
+    }
+
+    /// Does something where the leader of the catalog's shard is: here, or there, to which `remote`
+    /// brings the message.
+    async fn on_catalog_leader<M, T, L, R>(
+        &self,
+        request: Request<M>,
+        local: impl Fn(Call) -> L,
+        remote: impl Fn(RegionServiceClient<Channel>, Request<M>) -> R,
+    ) -> Result<T, Status>
+    where
+        M: Clone,
+        L: Future<Output = Result<T, Status>>,
+        R: Future<Output = Result<T, Status>>,
+    {
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        let shard = self.gateway.shards().catalog_shard();
         let elsewhere = |channel, metadata| {
             remote(RegionServiceClient::new(channel), forwarded(message.clone(), metadata))
         };
-        self.gateway.on_leader(shard, call, local, elsewhere).await
+        self.gateway.on_leader(shard, call, || local(call), elsewhere).await
     }
 
     /// Asks all other nodes of the region about themselves; names those that do not answer in time.

@@ -10,8 +10,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tombolo_cluster::Region;
 use tombolo_core::{
-    Content, Member, MemberState, Members, NamespaceId, RegionId, command::Operation,
-    namespace::Namespace, region::RegionEntry,
+    Content, Member, MemberState, Members, RegionId, command::Operation, namespace::Namespace,
+    region::RegionEntry,
 };
 
 use crate::{error::ShardError, shard::Shard, shards::Shards, write::WriteRequest};
@@ -110,12 +110,10 @@ async fn say_again(shards: &Shards) -> Result<(), ShardError> {
 }
 
 async fn write_entry(shard: &Shard, region: Region, member: Member) -> Result<(), ShardError> {
-    let Region { id, name, link_addresses, .. } = region;
-    let key = RegionEntry::catalog_key(&name);
-    let content = Content::value(RegionEntry { id, name, link_addresses, member }.to_bytes());
-    let namespace = Namespace { id: NamespaceId::CATALOG, ..Namespace::default_namespace() };
+    let key = RegionEntry::catalog_key(&region.name);
+    let content = Content::value(region.into_entry(member).to_bytes());
     let request = WriteRequest {
-        namespace: Arc::new(namespace),
+        namespace: Arc::new(Namespace::catalog()),
         request: None,
         checks: Vec::new(),
         operations: vec![Operation { key, content, context: None }],

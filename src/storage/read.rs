@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use tombolo_core::{
     Dot, HybridTime, NamespaceId, Record, RegionId, RequestId,
-    codec::Reader,
     command::Remembered,
     ledger::{LedgerEntry, LedgerId},
     record::Sibling,
@@ -18,7 +17,7 @@ use crate::{
     ShardStore, StorageError,
     apply::REVIEW_VERSION,
     layout::{self, Keys, Kind},
-    shard::Shard,
+    shard::{Shard, decode_whole},
 };
 
 /// Records that one scan call passes over without returning them.
@@ -73,13 +72,8 @@ impl Shard {
 
     /// Reads a value that was kept for review.
     pub(crate) fn decode_reviewed(&self, value: &[u8]) -> Result<Sibling, StorageError> {
-        let mut reader = Reader::new("value for review", Bytes::copy_from_slice(value));
-        let read = |reader: &mut Reader| {
-            reader.version(REVIEW_VERSION)?;
-            Sibling::decode(reader)
-        };
-        let held = read(&mut reader).and_then(|held| reader.finish().map(|()| held));
-        held.map_err(|error| StorageError::value(self.id, "value for review", &error))
+        let value = Bytes::copy_from_slice(value);
+        decode_whole(self.id, "value for review", REVIEW_VERSION, value, Sibling::decode)
     }
 
     /// Calls `take` with every record of every namespace, deleted ones included.

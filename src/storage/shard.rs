@@ -58,13 +58,8 @@ impl Position {
     }
 
     pub(crate) fn from_bytes(shard: ShardId, bytes: &[u8]) -> Result<Self, StorageError> {
-        let mut reader = Reader::new("applied position", Bytes::copy_from_slice(bytes));
-        let read = |reader: &mut Reader| {
-            reader.version(META_VERSION)?;
-            Self::decode(reader)
-        };
-        let position = read(&mut reader).and_then(|position| reader.finish().map(|()| position));
-        position.map_err(|error| StorageError::value(shard, "applied position", &error))
+        let bytes = Bytes::copy_from_slice(bytes);
+        decode_whole(shard, "applied position", META_VERSION, bytes, Self::decode)
     }
 
     fn encode(self, writer: &mut Writer) {
@@ -76,6 +71,24 @@ impl Position {
     fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
         Ok(Self { term: reader.fixed64()?, node: reader.fixed64()?, index: reader.fixed64()? })
     }
+}
+
+/// Reads a value that is nothing but its format version and what `decode` reads.
+pub(crate) fn decode_whole<T>(
+    shard: ShardId,
+    what: &'static str,
+    version: u8,
+    bytes: Bytes,
+    decode: impl FnOnce(&mut Reader) -> Result<T, DecodeError>,
+) -> Result<T, StorageError> {
+    let mut reader = Reader::new(what, bytes);
+    let mut read = || {
+        reader.version(version)?;
+        let value = decode(&mut reader)?;
+        reader.finish()?;
+        Ok(value)
+    };
+    read().map_err(|error: DecodeError| StorageError::value(shard, what, &error))
 }
 
 /// Encodes a membership with its position.
@@ -143,13 +156,7 @@ pub(crate) fn encode_members(members: &Members) -> Bytes {
 }
 
 pub(crate) fn decode_members(shard: ShardId, bytes: Bytes) -> Result<Members, StorageError> {
-    let mut reader = Reader::new("members", bytes);
-    let read = |reader: &mut Reader| {
-        reader.version(META_VERSION)?;
-        Members::decode(reader)
-    };
-    let members = read(&mut reader).and_then(|members| reader.finish().map(|()| members));
-    members.map_err(|error| StorageError::value(shard, "members", &error))
+    decode_whole(shard, "members", META_VERSION, bytes, Members::decode)
 }
 
 fn decode_vector(shard: ShardId, bytes: Bytes) -> Result<VersionVector, StorageError> {

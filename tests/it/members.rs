@@ -4,18 +4,11 @@ use std::{collections::BTreeMap, path::Path};
 
 use tombolo_client::{Client, Error, proto};
 
-use crate::support::{Cluster, Member, wait_until};
+use crate::support::{Cluster, Member, values, wait_until};
 
 /// Everything that a region holds of a namespace.
 async fn held(client: &Client, namespace: &str) -> BTreeMap<Vec<u8>, Vec<Vec<u8>>> {
-    let Ok(entries) = client.namespace(namespace).scan().collect().await else {
-        return BTreeMap::new();
-    };
-    let values = |entry: tombolo_client::Entry| {
-        let held = entry.versions.iter().map(|version| version.value.to_vec()).collect();
-        (entry.key.to_vec(), held)
-    };
-    entries.into_iter().map(values).collect()
+    values(client, namespace).await.into_iter().collect()
 }
 
 /// What a region says of one.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tombolo::config::Config;
 use tombolo_client::{Client, proto};
 
-use crate::support::{Cluster, metric, wait_until};
+use crate::support::{Cluster, metric, values, wait_until};
 
 const REGIONS: [(&str, usize); 2] = [("us", 1), ("eu", 1)];
 /// Far less than the tests write while a region is away.
@@ -14,15 +14,6 @@ const LOG_BYTES: u64 = 1 << 10;
 fn small_log(config: &mut Config) {
     config.replication.change_log_bytes = LOG_BYTES;
     config.replication.repair_interval = Duration::from_secs(2);
-}
-
-async fn values(client: &Client, namespace: &str) -> Vec<(Vec<u8>, Vec<Vec<u8>>)> {
-    let Ok(entries) = client.namespace(namespace).scan().collect().await else { return vec![] };
-    let values = |entry: tombolo_client::Entry| {
-        let held = entry.versions.iter().map(|version| version.value.to_vec()).collect();
-        (entry.key.to_vec(), held)
-    };
-    entries.into_iter().map(values).collect()
 }
 
 /// Both regions write alone, longer than their change logs reach; after that both hold the same,

@@ -217,6 +217,16 @@ pub(crate) async fn metric(member: &Member, name: &str) -> f64 {
     lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 
+/// Everything that a region holds of a namespace, in order of the keys; nothing while it refuses.
+pub(crate) async fn values(client: &Client, namespace: &str) -> Vec<(Vec<u8>, Vec<Vec<u8>>)> {
+    let Ok(entries) = client.namespace(namespace).scan().collect().await else { return vec![] };
+    let values = |entry: tombolo_client::Entry| {
+        let held = entry.versions.iter().map(|version| version.value.to_vec()).collect();
+        (entry.key.to_vec(), held)
+    };
+    entries.into_iter().map(values).collect()
+}
+
 /// Waits for a condition, and fails with its name if it does not come.
 pub(crate) async fn wait_until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
