@@ -58,8 +58,19 @@ pub(crate) const REPAIRS_MAX: usize = 2;
 /// Largest merge that is proposed at once: a small part of a log entry, so that local writes go on
 /// in between. A larger record goes alone.
 pub(crate) const MERGE_BYTES_MAX: usize = 256 << 10;
-/// The same while clients write here: one of their writes waits behind at most one merge.
+/// The same for records that are merged while clients may write here: one of their writes waits behind
+/// at most one merge.
 pub(crate) const LIVE_MERGE_BYTES_MAX: usize = 16 << 10;
+/// Records of such a merge. Each costs a look at the store, however small it is.
+pub(crate) const LIVE_MERGE_RECORDS_MAX: usize = 16;
+/// Clients that wrote here so recently count as writing now.
+pub(crate) const LIVE_WRITES_WITHIN: Duration = Duration::from_secs(1);
+/// How long a merge rests while clients write, in times of what it took: merges are on their way for so
+/// small a part of the time that nearly all writes meet none.
+pub(crate) const LIVE_REST: f64 = 32.0;
+/// A repair that would take longer at that pace rests less: the change log that it must catch up with
+/// afterwards does not wait for ever.
+pub(crate) const LIVE_REPAIR: Duration = Duration::from_secs(300);
 /// Digests of leaves in one message.
 pub(crate) const LEAF_PAGE_BYTES: usize = 64 << 10;
 /// How long a merge may take before its outcome counts as unknown.

@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tombolo_cluster::{Region, Topology};
 use tombolo_core::{
-    Actor, Change, Member, MemberState, Members, NamespaceId, RegionId, Rule, VersionVector,
+    Actor, Change, Member, MemberState, Members, NamespaceId, RegionId, VersionVector,
     command::{Ingested, LinkSetting, Stopped},
     namespace::Namespace,
     pending::Pending,

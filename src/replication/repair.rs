@@ -14,9 +14,12 @@ pub(crate) mod comparer;
 pub(crate) mod receiver;
 pub(crate) mod source;
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{collections::BTreeSet, io, sync::Arc, thread};
 
-use tokio::sync::watch;
+use tokio::{
+    runtime::Handle,
+    sync::{oneshot, watch},
+};
 use tombolo_core::{NamespaceId, merkle::Block};
 
 /// One repair of a namespace at a time, whoever it is from, and no stream applies changes to it
@@ -63,6 +66,30 @@ impl Drop for Pass {
             repairing.remove(&self.namespace);
         });
     }
+}
+
+/// Least of what the system gives a thread: nothing while others want the processor.
+const NICENESS: i32 = 19;
+
+/// Runs `work` on a thread of its own, which takes only what others leave of the processor. Answers what
+/// tells when it has ended, be it by a panic.
+///
+/// # Errors
+/// If the system has no thread left.
+fn in_background(
+    name: &str,
+    work: impl FnOnce() + Send + 'static,
+) -> io::Result<oneshot::Receiver<()>> {
+    let (ended, end) = oneshot::channel();
+    let runtime = Handle::current();
+    thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let _entered = runtime.enter();
+        // On Linux this is of the thread. Where it is refused, the work is merely less polite.
+        let _ = rustix::process::nice(NICENESS);
+        work();
+        let _ = ended.send(());
+    })?;
+    Ok(end)
 }
 
 /// Nodes or leaves as they travel.

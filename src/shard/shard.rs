@@ -1,6 +1,13 @@
 //! A shard: its Raft group, its data on this node, and what its callers wait for.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
@@ -44,6 +51,8 @@ pub(crate) struct Inner {
     began: Instant,
     /// When the last confirmed read barrier was asked for.
     pub(crate) last_barrier: Mutex<Option<Instant>>,
+    /// When a client last wrote here, in milliseconds since `began`, plus one; 0 if none did.
+    last_write_ms: AtomicU64,
 }
 
 impl Shard {
@@ -59,6 +68,7 @@ impl Shard {
         let peers = PeerFrontiers::default();
         let last_barrier = Mutex::new(None);
         let (heard, began) = (watch::Sender::default(), Instant::now());
+        let last_write_ms = AtomicU64::new(0);
         let inner = Inner {
             id,
             group,
@@ -70,6 +80,7 @@ impl Shard {
             heard,
             began,
             last_barrier,
+            last_write_ms,
         };
         Self { inner: Arc::new(inner) }
     }
@@ -177,6 +188,21 @@ impl Shard {
         let all = heard.wait_for(|heard| asked.iter().all(|region| heard.contains(region)));
         // One that does not answer holds nothing up.
         let _ = tokio::time::timeout_at(until, all).await;
+    }
+
+    /// A client writes here.
+    pub(crate) fn note_write(&self) {
+        self.inner.last_write_ms.store(self.age_ms() + 1, Ordering::Relaxed);
+    }
+
+    /// Whether a client wrote here within the last `span`, so that work that can wait should.
+    pub fn wrote_within(&self, span: Duration) -> bool {
+        let last = self.inner.last_write_ms.load(Ordering::Relaxed);
+        last > 0 && u128::from(self.age_ms() + 1 - last) <= span.as_millis()
+    }
+
+    fn age_ms(&self) -> u64 {
+        u64::try_from(self.inner.began.elapsed().as_millis()).unwrap_or(u64::MAX - 1)
     }
 
     /// Whose word counts before anything of a namespace is forgotten.

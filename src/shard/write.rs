@@ -77,6 +77,7 @@ impl Shard {
         self.check_whole()?;
         self.wait_heard(deadline).await;
         self.check_headroom(&request)?;
+        self.note_write();
         let mut write = Write {
             namespace: request.namespace.id,
             rule: request.namespace.rule,

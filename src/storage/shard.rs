@@ -82,7 +82,7 @@ pub(crate) fn decode_whole<T>(
     decode: impl FnOnce(&mut Reader) -> Result<T, DecodeError>,
 ) -> Result<T, StorageError> {
     let mut reader = Reader::new(what, bytes);
-    let mut read = || {
+    let read = || {
         reader.version(version)?;
         let value = decode(&mut reader)?;
         reader.finish()?;

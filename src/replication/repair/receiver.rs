@@ -2,7 +2,7 @@
 //!
 //! A thread of its own reads this side's pinned cut; the task merges what comes back.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use prost::Message;
@@ -25,11 +25,12 @@ use tombolo_shard::{Advanced, Shard, ShardError};
 use tombolo_storage::{ShardStore, StorageError};
 use tonic::{Status, Streaming, codec::CompressionEncoding};
 
-use super::{decode_block, encode_block};
+use super::{decode_block, encode_block, in_background};
 use crate::{
     channels::LinkChannels,
     config::{
-        CONNECT_TIMEOUT, LEAF_PAGE_BYTES, LIVE_MERGE_BYTES_MAX, MERGE_BYTES_MAX, MERGE_TIMEOUT,
+        CONNECT_TIMEOUT, LEAF_PAGE_BYTES, LIVE_MERGE_BYTES_MAX, LIVE_MERGE_RECORDS_MAX,
+        LIVE_REPAIR, LIVE_REST, LIVE_WRITES_WITHIN, MERGE_BYTES_MAX, MERGE_TIMEOUT,
         ReplicationConfig, STALL_TIMEOUT,
     },
     pace::Pace,
@@ -132,6 +133,8 @@ pub(crate) struct Repair {
     pub(crate) config: ReplicationConfig,
 }
 
+/// Longest rest for others' sake: a merge that took long did so because the machine was busy, or stood.
+const REST_MAX: Duration = Duration::from_secs(1);
 /// Between two looks at the link's limit.
 const PACE_SLICE: Duration = Duration::from_millis(500);
 /// Comparisons before a repair gives up because changes of other regions keep coming.
@@ -219,9 +222,24 @@ impl Repair {
     }
 
     fn session(&self, trust: Trust, leaves: usize, purpose: Purpose) -> Session<'_> {
-        let (offers, ledger) = (Vec::new(), Vec::new());
         let progress = RepairProgress::new(leaves);
-        Session { repair: self, purpose, trust, offers, ledger, bytes: 0, progress }
+        Session { repair: self, purpose, trust, waiting: VecDeque::new(), bytes: 0, progress }
+    }
+
+    /// Rests after a merge of so many bytes, which took so long.
+    async fn rest(&self, took: Duration, bytes: usize, progress: &RepairProgress) {
+        #[expect(clippy::cast_precision_loss, reason = "a pause needs no exact figure")]
+        let budget = bytes as f64 / self.config.repair_bytes_per_second.max(1) as f64;
+        let budget = Duration::from_secs_f64(budget).saturating_sub(took);
+        let is_live = self.shard.wrote_within(LIVE_WRITES_WITHIN);
+        let yields = if is_live { live_rest(progress.time_left()) } else { 1.0 };
+        tokio::time::sleep(budget.max(took.mul_f64(yields)).min(REST_MAX)).await;
+        let limit = || self.setting.link(self.peer.id).bytes_per_second;
+        self.pace.spend(bytes as u64, limit());
+        // In slices, so that a limit that was lifted counts at once.
+        while let Some(wait) = self.pace.wait(limit()) {
+            tokio::time::sleep(wait.min(PACE_SLICE)).await;
+        }
     }
 
     fn key(&self) -> LinkKey {
@@ -241,7 +259,8 @@ impl Repair {
             requests: requests.clone(),
             listed,
         };
-        tokio::task::spawn_blocking(move || lister.run(started, to_list));
+        in_background("repair lister", move || lister.run(started, to_list))
+            .map_err(|error| RepairError::Broken(format!("no thread to list data: {error}")))?;
         let start = start.await.map_err(|_| broken("this side's data cannot be read"))?;
 
         let open = pb::RepairOpen {
@@ -512,8 +531,9 @@ impl Comparison {
                         if session.trust == Trust::Coverage {
                             let unknown = &answer.unknown;
                             let absent = repair::absent_offers(&listed.keys, &offered, unknown);
-                            session.bytes += absent.iter().map(|it| it.key.len()).sum::<usize>();
-                            session.offers.extend(absent);
+                            for offer in absent {
+                                session.bring(offer.key.len(), Brought::Offer(offer));
+                            }
                         }
                         offered.clear();
                         session.progress.leaves_done += 1;
@@ -534,15 +554,28 @@ impl Comparison {
                 }
                 None => return Err(broken("the peer ended the repair")),
             }
-            if session.bytes >= session.merge_bytes_max() && !session.flush(&self).await? {
-                return Ok(None);
+            while session.is_full() {
+                if !session.flush(&self).await? {
+                    return Ok(None);
+                }
             }
         }
         if session.progress.leaves_done < session.progress.leaves_total {
             return Err(self.ended_early().await);
         }
-        if session.flush(&self).await? { session.finish(&self).await } else { Ok(None) }
+        while !session.waiting.is_empty() {
+            if !session.flush(&self).await? {
+                return Ok(None);
+            }
+        }
+        session.finish(&self).await
     }
+}
+
+/// Something that came and is to be merged.
+enum Brought {
+    Offer(Offer),
+    Entry(LedgerEntry),
 }
 
 /// What has come and is not merged yet, and how far it is.
@@ -550,46 +583,77 @@ struct Session<'a> {
     repair: &'a Repair,
     purpose: Purpose,
     trust: Trust,
-    offers: Vec<Offer>,
-    ledger: Vec<LedgerEntry>,
+    /// In the order in which it came, which is the order in which it is merged, with its bytes.
+    waiting: VecDeque<(usize, Brought)>,
     bytes: usize,
     progress: RepairProgress,
 }
 
 impl Session<'_> {
-    /// Where nobody writes yet there is nobody to wait.
-    fn merge_bytes_max(&self) -> usize {
+    /// What is merged at once, in bytes and in records: less where clients may write.
+    fn merge_max(&self) -> (usize, usize) {
         match self.purpose {
-            Purpose::Seed => MERGE_BYTES_MAX,
-            Purpose::CatchUp | Purpose::Check => LIVE_MERGE_BYTES_MAX,
+            Purpose::Seed => (MERGE_BYTES_MAX, usize::MAX),
+            Purpose::CatchUp | Purpose::Check => (LIVE_MERGE_BYTES_MAX, LIVE_MERGE_RECORDS_MAX),
         }
     }
 
+    /// Whether what has come is enough for a merge.
+    fn is_full(&self) -> bool {
+        let (bytes_max, records_max) = self.merge_max();
+        bytes_max <= self.bytes || records_max <= self.waiting.len()
+    }
+
+    fn bring(&mut self, bytes: usize, brought: Brought) {
+        self.bytes += bytes;
+        self.waiting.push_back((bytes, brought));
+    }
+
+    /// Takes what is merged next, and its bytes.
+    fn take(&mut self) -> (Vec<Offer>, Vec<LedgerEntry>, usize) {
+        let (bytes_max, records_max) = self.merge_max();
+        let (mut offers, mut ledger, mut taken) = (Vec::new(), Vec::new(), 0);
+        while taken < bytes_max
+            && offers.len() + ledger.len() < records_max
+            && let Some((bytes, brought)) = self.waiting.pop_front()
+        {
+            taken += bytes;
+            match brought {
+                Brought::Offer(offer) => offers.push(offer),
+                Brought::Entry(entry) => ledger.push(entry),
+            }
+        }
+        self.bytes -= taken;
+        (offers, ledger, taken)
+    }
+
     fn offer(&mut self, encoded: Bytes) -> Result<Bytes, RepairError> {
-        self.bytes += encoded.len();
+        let bytes = encoded.len();
         let offer = decode_offer(encoded)?;
         let key = offer.key.clone();
-        self.offers.push(offer);
+        self.bring(bytes, Brought::Offer(offer));
         Ok(key)
     }
 
     fn entry(&mut self, encoded: Bytes) -> Result<(), RepairError> {
-        self.bytes += encoded.len();
+        let bytes = encoded.len();
         let entry = LedgerEntry::from_bytes(encoded)
             .map_err(|error| RepairError::Broken(format!("a damaged entry arrived: {error}")))?;
-        self.ledger.push(entry);
+        self.bring(bytes, Brought::Entry(entry));
         Ok(())
     }
 
-    /// Merges what has come, then rests as long as that took, and as the byte budget says.
+    /// Merges the next of what has come, then rests: at least as long as that took, far longer while
+    /// clients write here, and as long as the byte budget and the link's limit say.
     /// Answers `false` if what was compared has changed since.
     async fn flush(&mut self, comparison: &Comparison) -> Result<bool, RepairError> {
-        let Repair { shard, namespace, config, .. } = self.repair;
+        let Repair { shard, namespace, .. } = self.repair;
         // Between regions that hold the same there may be nothing.
-        if self.offers.is_empty() && self.ledger.is_empty() {
+        if self.waiting.is_empty() {
             return Ok(true);
         }
         let began = Instant::now();
+        let (offers, ledger, bytes) = self.take();
         let merge = Merge {
             namespace: namespace.id,
             rule: namespace.rule,
@@ -598,10 +662,9 @@ impl Session<'_> {
             cut: comparison.cut.clone(),
             ahead: comparison.ahead.clone(),
             trust: self.trust,
-            offers: std::mem::take(&mut self.offers),
-            ledger: std::mem::take(&mut self.ledger),
+            offers,
+            ledger,
         };
-        let bytes = std::mem::take(&mut self.bytes);
         let Some(merged) = shard.merge(merge, began + MERGE_TIMEOUT).await? else {
             return Ok(false);
         };
@@ -612,20 +675,7 @@ impl Session<'_> {
         let Repair { statuses, peer, .. } = self.repair;
         statuses.count_repair(peer.id, |counts| counts.records += merged.changed);
         self.show();
-        let took = began.elapsed();
-        let budget = Duration::from_secs(1).mul_f64(
-            #[expect(clippy::cast_precision_loss, reason = "a pause needs no exact figure")]
-            {
-                bytes as f64 / config.repair_bytes_per_second.max(1) as f64
-            },
-        );
-        tokio::time::sleep(took.max(budget.saturating_sub(took))).await;
-        let limit = || self.repair.setting.link(self.repair.peer.id).bytes_per_second;
-        self.repair.pace.spend(bytes as u64, limit());
-        // In slices, so that a limit that was lifted counts at once.
-        while let Some(wait) = self.repair.pace.wait(limit()) {
-            tokio::time::sleep(wait.min(PACE_SLICE)).await;
-        }
+        self.repair.rest(began.elapsed(), bytes, &self.progress).await;
         Ok(true)
     }
 
@@ -674,6 +724,13 @@ impl Session<'_> {
     }
 }
 
+/// How long to rest for clients, in times of what a merge took, if a repair would still take so long.
+fn live_rest(left: Option<Duration>) -> f64 {
+    let left = left.map_or(0.0, |left| left.as_secs_f64());
+    let share = LIVE_REPAIR.as_secs_f64() / left.max(1.0);
+    (LIVE_REST * share.min(1.0)).max(1.0)
+}
+
 fn check<'a>(sum: u64, parts: impl IntoIterator<Item = &'a Bytes>) -> Result<(), RepairError> {
     if wire::checksum(parts) == sum { Ok(()) } else { Err(broken("a page arrived damaged")) }
 }
@@ -689,4 +746,17 @@ fn unreadable(error: &StorageError) -> RepairError {
 
 fn broken(reason: &str) -> RepairError {
     RepairError::Broken(reason.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_repair_makes_way_for_clients_unless_it_would_never_end() {
+        assert!((live_rest(None) - LIVE_REST).abs() < 1e-9);
+        assert!((live_rest(Some(LIVE_REPAIR)) - LIVE_REST).abs() < 1e-9);
+        assert!((live_rest(Some(LIVE_REPAIR * 4)) - LIVE_REST / 4.0).abs() < 1e-9);
+        assert!((live_rest(Some(Duration::from_secs(1 << 30))) - 1.0).abs() < 1e-9);
+    }
 }

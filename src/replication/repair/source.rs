@@ -18,7 +18,7 @@ use tombolo_shard::Shard;
 use tombolo_storage::{Cut, StorageError};
 use tonic::{Status, Streaming};
 
-use super::{decode_block, decode_digests, encode_block};
+use super::{decode_block, decode_digests, encode_block, in_background};
 use crate::{
     config::{MERGE_BYTES_MAX, REPAIR_STALL_TIMEOUT},
     wire,
@@ -36,12 +36,21 @@ pub(crate) async fn serve(
 ) {
     let (leaves, asked) = mpsc::channel(4);
     let failed = replies.clone();
-    let serving = tokio::task::spawn_blocking(move || {
+    let refused = failed.clone();
+    let serving = in_background("repair source", move || {
         let served = Session::new(&shard, open, replies).and_then(|session| session.run(asked));
         if let Err(status) = served {
             let _ = failed.try_send(Err(status));
         }
     });
+    let serving = match serving {
+        Ok(serving) => serving,
+        Err(error) => {
+            let text = format!("no thread to read data: {error}");
+            let _ = refused.try_send(Err(Status::resource_exhausted(text)));
+            return;
+        }
+    };
     // Ends with the receiver's stream; what is missing then, the thread sees by the kind of end.
     while let Some(Some(request)) = shutdown.run_until_cancelled(requests.next()).await {
         if leaves.send(request.map_err(|status| status.message().to_owned())).await.is_err() {
@@ -51,12 +60,8 @@ pub(crate) async fn serve(
     if shutdown.is_cancelled() {
         let _ = leaves.try_send(Err("the node is stopping".to_owned()));
     }
-    drop(leaves);
-    if let Err(panic) = serving.await
-        && panic.is_panic()
-    {
-        std::panic::resume_unwind(panic.into_panic());
-    }
+    drop((leaves, refused));
+    let _ = serving.await;
 }
 
 /// One repair.
