@@ -14,6 +14,7 @@ use tombolo_core::command::{Operation, Write, decode_batch, encode_batch};
 use tombolo_core::merkle::{Tree, digest, leaf_of};
 use tombolo_core::record::{Delta, Sibling};
 use tombolo_core::repair::{Offer, Sides, Trust, merge};
+use tombolo_core::typed::{Action, Mutation};
 use tombolo_core::{
     Actor, Command, Content, Dot, HybridClock, HybridTime, NamespaceId, Record, RegionId,
     RequestId, Rule, ShardId, VersionVector,
@@ -68,6 +69,7 @@ fn put(number: u64, keys: u64) -> Command {
         request: Some(RequestId { client: 1 + number % 64, number }),
         checks: Vec::new(),
         operations: vec![operation],
+        mutations: Vec::new(),
     })
 }
 
@@ -215,5 +217,47 @@ fn apply(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, records, codecs, clock, apply, merkle);
+/// What one more element of a set costs, by how many it has: the same.
+fn elements(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("set");
+    for held in [10, 100_000] {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), StoreConfig::default()).unwrap();
+        let shard = store.shard(ShardId(0)).unwrap();
+        let (mut index, mut member) = (0, 0);
+        let mut entry = |members: u64| {
+            index += 1;
+            let mutation = |number: u64| Mutation {
+                key: Bytes::from_static(b"set"),
+                path: Vec::new(),
+                action: Action::Insert(Bytes::from(format!("member-{number:010}"))),
+                context: None,
+            };
+            let mutations = (member..member + members).map(mutation).collect();
+            member += members;
+            let write = Write {
+                namespace: NamespaceId(16),
+                rule: Rule::Set,
+                actor: actor(1),
+                time: time(index),
+                request: None,
+                checks: Vec::new(),
+                operations: Vec::new(),
+                mutations,
+            };
+            let payload = ApplyPayload::Commands(encode_batch(&[Command::Write(write).to_bytes()]));
+            [ApplyEntry { position: Position { term: 1, node: 1, index }, payload }]
+        };
+        for _ in 0..held / 10 {
+            shard.apply(&entry(10)).unwrap();
+        }
+        group.bench_function(BenchmarkId::new("insert", held), |bencher| {
+            let apply = |run: [ApplyEntry; 1]| shard.apply(&run).unwrap();
+            bencher.iter_batched(|| entry(1), apply, BatchSize::SmallInput);
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, records, codecs, clock, apply, merkle, elements);
 criterion_main!(benches);

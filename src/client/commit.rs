@@ -5,6 +5,7 @@
 
 use crate::error::{Error, Result};
 use crate::keyspace::{CallOptions, call_options, data, write_options};
+use crate::mutate::Operations;
 use crate::types::{Dot, HybridTime, IntoBytes, Revision, Version, versions};
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -59,6 +60,12 @@ impl Commit {
     /// Deletes a key.
     pub fn delete(self, key: impl IntoBytes) -> Self {
         self.write(key, Action::Delete(v1::Remove {}))
+    }
+
+    /// Applies typed operations to a key.
+    pub fn mutate(self, key: impl IntoBytes, operations: Operations) -> Self {
+        let operations = operations.into_proto();
+        self.write(key, Action::Mutate(v1::Mutation { operations }))
     }
 
     fn check(mut self, key: impl IntoBytes, condition: Condition) -> Self {
@@ -136,6 +143,8 @@ pub struct WriteResult {
     pub context: Bytes,
     pub conflict: bool,
     pub time: HybridTime,
+    /// Of operations on counters, the last one's sum.
+    pub sum: Option<i64>,
 }
 
 impl Committed {
@@ -157,6 +166,7 @@ impl Committed {
                 context: result.context,
                 conflict: result.conflict,
                 time: HybridTime(result.hybrid_time),
+                sum: result.sum,
             })
         });
         Ok(Self {

@@ -3,6 +3,7 @@
 use crate::client::{Client, Plan};
 use crate::commit::Commit;
 use crate::error::{Error, Result};
+use crate::mutate::{Mutate, Operations};
 use crate::retry::Safety;
 use crate::router::Target;
 use crate::scan::Scan;
@@ -94,6 +95,16 @@ impl Keyspace {
     /// Lists keys in byte order, over all shards.
     pub fn scan(&self) -> Scan {
         Scan::new(self.start(), self.name.to_string())
+    }
+
+    /// Applies typed operations to a key, all or none.
+    pub fn mutate(&self, key: impl IntoBytes, operations: Operations) -> Mutate {
+        Mutate::new(self.start(), self.name.to_string(), key.into_bytes(), operations)
+    }
+
+    /// Adds to a counter; the answer has the sum.
+    pub fn add(&self, key: impl IntoBytes, by: i64) -> Mutate {
+        self.mutate(key, Operations::new().add(by))
     }
 
     /// Several writes to keys of one shard, all or none, if all checks hold.
@@ -328,6 +339,39 @@ impl Get {
         self.request.keys_only = true;
         self
     }
+
+    /// Only this field of a map, or all under it.
+    pub fn field<I>(mut self, path: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
+        self.request.field_path = path.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// At most about so many elements of a set or map. Default 1000.
+    pub fn elements_max(mut self, elements: u32) -> Self {
+        self.request.element_limit = elements;
+        self
+    }
+
+    /// Goes on where the answer with these [`Got::next_elements`] ended.
+    pub fn elements_from(mut self, next: impl IntoBytes) -> Self {
+        self.request.element_token = next.into_bytes();
+        self
+    }
+
+    /// Of a set, only those of its elements that are among these: at most 128.
+    pub fn only_elements<I>(mut self, elements: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: IntoBytes,
+    {
+        let elements = elements.into_iter().map(IntoBytes::into_bytes);
+        self.request.only_elements = elements.collect();
+        self
+    }
 }
 
 impl IntoFuture for Get {
@@ -358,6 +402,7 @@ impl IntoFuture for Get {
                 context: reply.context,
                 token: reply.session_token,
                 revision: reply.revision.map(Revision::from),
+                next_elements: reply.next_element_token,
             })
         })
     }
@@ -454,6 +499,7 @@ impl IntoFuture for BatchGet {
                         context: result.context,
                         token: reply.session_token.clone(),
                         revision: None,
+                        next_elements: Bytes::new(),
                     };
                     gots.insert(position, got);
                 }

@@ -23,7 +23,7 @@
 //! * Nothing a server answers makes the client panic.
 //!
 //! Map: `client` the loop of a call, `router` where it goes, `retry` what is tried again,
-//! `keyspace` `commit` `scan` `admin` the calls, `session` tokens, `types` and `error` the answers.
+//! `keyspace` `mutate` `commit` `scan` `admin` the calls, `session` tokens, `types` and `error` the answers.
 
 mod admin;
 mod client;
@@ -31,6 +31,7 @@ mod commit;
 mod config;
 mod error;
 mod keyspace;
+mod mutate;
 mod retry;
 mod router;
 mod scan;
@@ -43,11 +44,13 @@ pub use commit::{Commit, Committed, FailedCheck, WriteResult};
 pub use config::ClientConfig;
 pub use error::{Detail, Error, Result};
 pub use keyspace::{BatchGet, Delete, Get, Keyspace, Put};
+pub use mutate::{Mutate, Mutated, OperationResult, Operations};
 pub use scan::Scan;
 pub use session::Session;
 pub use tombolo_proto::v1 as proto;
 pub use tombolo_proto::v1::RequestId;
 pub use tonic::Code;
 pub use types::{
-    Consistency, Dot, DotError, Entry, Got, HybridTime, IntoBytes, Revision, Version, Written,
+    Consistency, Dot, DotError, Entry, Got, HybridTime, IntoBytes, Revision, Value, Version,
+    Written,
 };

@@ -173,11 +173,73 @@ impl TryFrom<v1::DeleteResponse> for Written {
     }
 }
 
+/// A value of a typed namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// A counter's sum.
+    Counter(i64),
+    /// A set's elements, in order.
+    Set(Vec<Bytes>),
+    /// Whether a flag is on.
+    Flag(bool),
+    /// The bytes of a register in a map.
+    Data(Bytes),
+    /// A map's fields, in order of their names. A name that regions made different things of at the same
+    /// time is there once for each.
+    Map(Vec<(String, Value)>),
+}
+
+impl Value {
+    fn from_proto(value: v1::Value) -> Result<Self> {
+        use v1::value::Kind;
+        Ok(match value.kind {
+            Some(Kind::Counter(sum)) => Self::Counter(sum),
+            Some(Kind::Set(set)) => Self::Set(set.elements),
+            Some(Kind::Flag(on)) => Self::Flag(on),
+            Some(Kind::Data(data)) => Self::Data(data),
+            Some(Kind::Map(map)) => {
+                let field = |field: v1::MapField| {
+                    Ok((field.name, Self::from_proto(field.value.unwrap_or_default())?))
+                };
+                Self::Map(map.fields.into_iter().map(field).collect::<Result<_>>()?)
+            }
+            None => {
+                return Err(Error::protocol("a value of a kind that this client does not know"));
+            }
+        })
+    }
+
+    /// What is at a path of a map.
+    pub fn field(&self, path: &[&str]) -> Option<&Self> {
+        let Some((name, rest)) = path.split_first() else { return Some(self) };
+        let Self::Map(fields) = self else { return None };
+        fields.iter().filter(|(held, _)| held == name).find_map(|(_, value)| value.field(rest))
+    }
+
+    /// The sum, if it is a counter.
+    pub fn as_counter(&self) -> Option<i64> {
+        if let Self::Counter(sum) = self { Some(*sum) } else { None }
+    }
+
+    /// The elements, if it is a set.
+    pub fn as_set(&self) -> Option<&[Bytes]> {
+        if let Self::Set(elements) = self { Some(elements) } else { None }
+    }
+
+    /// The bytes, if it is a register, maximum or minimum.
+    pub fn as_data(&self) -> Option<&Bytes> {
+        if let Self::Data(data) = self { Some(data) } else { None }
+    }
+}
+
 /// A live value of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {
-    /// Empty when only keys were asked for.
+    /// The bytes; of a maximum, minimum or register too. Empty when only keys were asked for, and for
+    /// other typed values.
     pub value: Bytes,
+    /// What it is in a typed namespace, unless it is bytes.
+    pub typed: Option<Value>,
     pub dot: Dot,
     pub origin_region: String,
     pub time: HybridTime,
@@ -189,16 +251,14 @@ impl TryFrom<v1::Version> for Version {
     type Error = Error;
 
     fn try_from(version: v1::Version) -> Result<Self> {
-        use v1::value::Kind;
-        let value = match version.value.and_then(|value| value.kind) {
-            Some(Kind::Data(data)) => data,
-            None => Bytes::new(),
-            Some(Kind::Counter(_) | Kind::Set(_) | Kind::Map(_)) => {
-                return Err(Error::protocol("a typed value, which this client does not know"));
-            }
+        let (value, typed) = match version.value.map(Value::from_proto).transpose()? {
+            Some(Value::Data(data)) => (data, None),
+            None => (Bytes::new(), None),
+            typed => (Bytes::new(), typed),
         };
         Ok(Self {
             value,
+            typed,
             dot: version.dot.map(Dot::from).ok_or_else(|| Error::protocol("no dot"))?,
             origin_region: version.origin_region,
             time: HybridTime(version.hybrid_time),
@@ -236,9 +296,27 @@ pub struct Got {
     pub token: Bytes,
     /// `None` in a batch.
     pub revision: Option<Revision>,
+    /// Where a large set or map goes on: give it to [`crate::Get::elements_from`]. Empty if all of it is
+    /// here.
+    pub next_elements: Bytes,
 }
 
 impl Got {
+    /// A typed value, unless the key is absent or its value is bytes.
+    pub fn typed(&self) -> Option<&Value> {
+        self.versions.first().and_then(|version| version.typed.as_ref())
+    }
+
+    /// The sum of a counter; 0 if it is absent.
+    pub fn counter(&self) -> i64 {
+        self.typed().and_then(Value::as_counter).unwrap_or(0)
+    }
+
+    /// The elements of a set; none if it is absent.
+    pub fn elements(&self) -> &[Bytes] {
+        self.typed().and_then(Value::as_set).unwrap_or_default()
+    }
+
     /// The value, or the first of several concurrent ones; `None` if the key is absent.
     pub fn value(&self) -> Option<&Bytes> {
         self.versions.first().map(|version| &version.value)
@@ -257,6 +335,8 @@ pub struct Entry {
     /// Never empty.
     pub versions: Vec<Version>,
     pub context: Bytes,
+    /// The value has more elements than are shown: a get pages through them.
+    pub partial: bool,
 }
 
 impl Entry {
@@ -271,7 +351,7 @@ impl TryFrom<v1::KeyResult> for Entry {
 
     fn try_from(result: v1::KeyResult) -> Result<Self> {
         let versions = versions(result.versions)?;
-        Ok(Self { key: result.key, versions, context: result.context })
+        Ok(Self { key: result.key, versions, context: result.context, partial: result.partial })
     }
 }
 

@@ -4,7 +4,7 @@ use crate::connection::Connection;
 use crate::exit::{Exit, Failure};
 use crate::io::Io;
 use crate::output::{
-    DotJson, Format, KeyEncoding, KeyJson, VersionJson, base64, json, show_value, table,
+    DotJson, Format, KeyEncoding, KeyJson, VersionJson, base64, json, show_version, table,
     versions_json,
 };
 use crate::session_file::SessionOptions;
@@ -298,7 +298,7 @@ fn print(
         Format::Table => {
             let rows = committed.failed.iter().map(|failed| {
                 let found = match failed.versions.first() {
-                    Some(version) => (show_value(&version.value), version.dot.to_string()),
+                    Some(version) => (show_version(version), version.dot.to_string()),
                     None => ("(absent)".into(), String::new()),
                 };
                 [failed.check.to_string(), encoding.show(&failed.key), found.0, found.1]

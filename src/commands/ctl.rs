@@ -134,6 +134,18 @@ pub enum Rule {
     Lww,
     /// All concurrent values are kept and returned
     Siblings,
+    /// Every addition counts, once
+    Counter,
+    /// A set: an addition survives a removal that has not seen it
+    Set,
+    /// Registers, counters, sets and more, by path
+    Map,
+    /// On or off: on survives off that has not seen it
+    Flag,
+    /// The largest value, byte by byte
+    Max,
+    /// The smallest value, byte by byte
+    Min,
 }
 
 impl Ctl {
@@ -211,6 +223,12 @@ async fn namespace(command: &NamespaceCommand, io: &mut Io) -> Result<Exit, Fail
             let rule = match rule {
                 Rule::Lww => v1::Rule::Lww,
                 Rule::Siblings => v1::Rule::Siblings,
+                Rule::Counter => v1::Rule::Counter,
+                Rule::Set => v1::Rule::Set,
+                Rule::Map => v1::Rule::Map,
+                Rule::Flag => v1::Rule::Flag,
+                Rule::Max => v1::Rule::Max,
+                Rule::Min => v1::Rule::Min,
             };
             let created = client.admin().create_namespace(name, rule).await?;
             print_namespace(created, connection.format(io), io)?;

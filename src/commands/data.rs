@@ -5,7 +5,7 @@ use crate::exit::{Exit, Failure};
 use crate::io::Io;
 use crate::output::{
     DotJson, Format, KeyEncoding, KeyJson, RevisionJson, VersionJson, base64, json, show_time,
-    show_value, table, unbase64, versions_json,
+    show_version, table, unbase64, value_text, versions_json,
 };
 use crate::session_file::SessionOptions;
 use bytes::Bytes;
@@ -66,6 +66,18 @@ pub struct Get {
     /// Fail with code 5 if concurrent writes left several values
     #[arg(long)]
     pub one: bool,
+    /// Only this field of a map, or all under it: names with / between them
+    #[arg(long, value_name = "PATH", value_parser = parse_path)]
+    pub field: Option<FieldPath>,
+    /// At most this many elements of a set or map
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub elements: u32,
+    /// Go on where the elements of an earlier answer ended (base64, nextElementToken of -o json)
+    #[arg(long, value_name = "TOKEN")]
+    pub elements_from: Option<String>,
+    /// Whether a set has this element: show only those it has
+    #[arg(long, value_name = "ELEMENT")]
+    pub element: Vec<String>,
     #[command(flatten)]
     pub session: SessionOptions,
     #[command(flatten)]
@@ -100,6 +112,19 @@ pub struct Scan {
     pub session: SessionOptions,
     #[command(flatten)]
     pub connection: Connection,
+}
+
+/// Names of fields, from the outermost.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FieldPath(pub Vec<String>);
+
+/// Reads a path of fields: names with `/` between them.
+pub(crate) fn parse_path(text: &str) -> Result<FieldPath, String> {
+    let path: Vec<String> = text.split('/').map(str::to_owned).collect();
+    if path.iter().any(String::is_empty) {
+        return Err("a name in the path is empty".to_owned());
+    }
+    Ok(FieldPath(path))
 }
 
 /// Reads `--consistency`.
@@ -212,6 +237,8 @@ struct GotJson {
     session_token: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     revision: Option<RevisionJson>,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    next_element_token: String,
 }
 
 pub(crate) async fn get(args: &Get, io: &mut Io) -> Result<Exit, Failure> {
@@ -223,6 +250,15 @@ pub(crate) async fn get(args: &Get, io: &mut Io) -> Result<Exit, Failure> {
     if let Some(consistency) = args.consistency {
         get = get.consistency(consistency);
     }
+    if let Some(FieldPath(path)) = &args.field {
+        get = get.field(path);
+    }
+    if let Some(token) = &args.elements_from {
+        let token =
+            unbase64(token).map_err(|error| Failure::Usage(format!("--elements-from: {error}")))?;
+        get = get.elements_from(token);
+    }
+    get = get.elements_max(args.elements).only_elements(&args.element);
     let got = get.await?;
     session.keep()?;
 
@@ -249,19 +285,25 @@ fn print_got(got: &Got, format: Format, encoding: KeyEncoding, io: &mut Io) -> R
                 context: base64(&got.context),
                 session_token: base64(&got.token),
                 revision: got.revision.map(RevisionJson::from),
+                next_element_token: base64(&got.next_elements),
             };
             json(&mut io.out, format, &reply)?;
         }
         Format::Table => {
+            if !got.next_elements.is_empty() {
+                writeln!(io.err, "there are more elements; -o json has the token to go on with")?;
+            }
             if !got.versions.is_empty() {
                 table(&mut io.out, VERSION_COLUMNS, rows(&got.key, &got.versions, encoding))?;
             }
         }
-        Format::Raw => {
-            if let Some(value) = got.value() {
-                io.out.write_all(value)?;
+        Format::Raw => match got.versions.first() {
+            Some(version) if version.typed.is_some() => {
+                writeln!(io.out, "{}", value_text(version))?;
             }
-        }
+            Some(version) => io.out.write_all(&version.value)?,
+            None => {}
+        },
     }
     Ok(())
 }
@@ -272,7 +314,7 @@ fn rows(key: &[u8], versions: &[Version], encoding: KeyEncoding) -> Vec<[String;
     let row = |version: &Version| {
         [
             encoding.show(key),
-            show_value(&version.value),
+            show_version(version),
             version.origin_region.clone(),
             show_time(version.time),
             version.dot.to_string(),
@@ -287,6 +329,8 @@ struct EntryJson {
     key: KeyJson,
     versions: Vec<VersionJson>,
     context: String,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    partial: bool,
 }
 
 pub(crate) async fn scan(args: &Scan, io: &mut Io) -> Result<Exit, Failure> {
@@ -349,6 +393,7 @@ impl EntryPrinter {
                     key: self.encoding.json(&entry.key),
                     versions: versions_json(&entry.versions, self.keys_only),
                     context: base64(&entry.context),
+                    partial: entry.partial,
                 };
                 if self.format == Format::Json {
                     let lead = if self.printed == 0 { "{\"results\":[\n" } else { "," };

@@ -57,6 +57,11 @@ pub(crate) async fn dump(args: &Dump, io: &mut Io) -> Result<Exit, Failure> {
     let scan = keys.scan().prefix(prefix).range((from, Bound::Unbounded));
     let mut entries = scan.consistency(args.consistency).stream();
     while let Some(entry) = entries.try_next().await? {
+        if entry.versions.iter().any(|version| version.typed.is_some()) {
+            let text =
+                "the namespace holds typed values, and the line formats have bytes only; use scan";
+            return Err(Failure::Usage(text.into()));
+        }
         conflicts += u64::from(entry.versions.len() > 1);
         let Some(record) = newest(entry) else { continue };
         line.clear();

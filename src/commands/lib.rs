@@ -20,6 +20,7 @@ mod io;
 mod lines;
 mod load;
 mod meta;
+mod mutate;
 mod output;
 mod progress;
 mod region;
@@ -38,6 +39,7 @@ pub use io::Io;
 pub use lines::LineFormat;
 pub use load::{Load, LoadFormat};
 pub use meta::{Completions, Version};
+pub use mutate::Mutate;
 pub use output::{Format, KeyEncoding};
 pub use region::RegionCommand;
 pub use session_file::SessionOptions;
@@ -51,6 +53,7 @@ pub enum DataCommand {
     Get(Get),
     Delete(Delete),
     Scan(Scan),
+    Mutate(Mutate),
     Commit(Commit),
     Load(Load),
     Dump(Dump),
@@ -99,6 +102,7 @@ async fn dispatch(
         DataCommand::Get(args) => data::get(args, io).await,
         DataCommand::Delete(args) => data::delete(args, io).await,
         DataCommand::Scan(args) => data::scan(args, io).await,
+        DataCommand::Mutate(args) => mutate::mutate(args, io).await,
         DataCommand::Commit(args) => commit::commit(args, io).await,
         DataCommand::Load(args) => load::load(args, io).await,
         DataCommand::Dump(args) => dump::dump(args, io).await,
@@ -116,6 +120,7 @@ impl DataCommand {
             Self::Get(args) => args.connection.output,
             Self::Delete(args) => args.connection.output,
             Self::Scan(args) => args.connection.output,
+            Self::Mutate(args) => args.connection.output,
             Self::Commit(args) => args.connection.output,
             Self::Load(args) => args.connection.output,
             Self::Dump(args) => args.connection.output,

@@ -14,7 +14,7 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 use std::io::Write;
 use std::time::{Duration, SystemTime};
-use tombolo_client::{Dot, HybridTime, Revision, Version};
+use tombolo_client::{Dot, HybridTime, Revision, Value, Version};
 
 /// Padded in output, either way in input.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
@@ -123,9 +123,55 @@ impl From<Revision> for RevisionJson {
     }
 }
 
+/// A value as proto3 JSON writes it: one key, named by its kind.
 #[derive(Serialize)]
-struct ValueJson {
-    data: String,
+#[serde(rename_all = "camelCase")]
+enum ValueJson {
+    Data(String),
+    Counter(String),
+    Set(SetJson),
+    Map(MapJson),
+    Flag(bool),
+}
+
+#[derive(Serialize)]
+struct SetJson {
+    elements: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct MapJson {
+    fields: Vec<FieldJson>,
+}
+
+#[derive(Serialize)]
+struct FieldJson {
+    name: String,
+    value: ValueJson,
+}
+
+impl ValueJson {
+    fn of(value: &Value) -> Self {
+        match value {
+            Value::Data(data) => Self::Data(base64(data)),
+            Value::Counter(sum) => Self::Counter(sum.to_string()),
+            Value::Set(elements) => {
+                Self::Set(SetJson { elements: elements.iter().map(|it| base64(it)).collect() })
+            }
+            Value::Flag(on) => Self::Flag(*on),
+            Value::Map(fields) => {
+                let field = |(name, value): &(String, Value)| FieldJson {
+                    name: name.clone(),
+                    value: Self::of(value),
+                };
+                Self::Map(MapJson { fields: fields.iter().map(field).collect() })
+            }
+        }
+    }
+
+    fn of_version(version: &Version) -> Self {
+        version.typed.as_ref().map_or_else(|| Self::Data(base64(&version.value)), Self::of)
+    }
 }
 
 #[derive(Serialize)]
@@ -144,7 +190,7 @@ pub(crate) struct VersionJson {
 pub(crate) fn versions_json(versions: &[Version], keys_only: bool) -> Vec<VersionJson> {
     let version = |it: &Version| VersionJson {
         dot: it.dot.into(),
-        value: (!keys_only).then(|| ValueJson { data: base64(&it.value) }),
+        value: (!keys_only).then(|| ValueJson::of_version(it)),
         origin_region: it.origin_region.clone(),
         write_time: show_time(it.time),
         hybrid_time: it.time.0.to_string(),
@@ -172,6 +218,43 @@ pub(crate) fn show_value(value: &[u8]) -> String {
     }
     let shown: String = text.chars().take(SHOWN_VALUE_MAX).collect();
     format!("{shown}… ({} bytes)", value.len())
+}
+
+/// A version's value as text.
+pub(crate) fn value_text(version: &Version) -> String {
+    version.typed.as_ref().map_or_else(|| escape(&version.value), typed_text)
+}
+
+/// The same in a table: cut to a length that fits.
+pub(crate) fn show_version(version: &Version) -> String {
+    version.typed.as_ref().map_or_else(
+        || show_value(&version.value),
+        |value| {
+            let text = typed_text(value);
+            if text.chars().count() <= SHOWN_VALUE_MAX {
+                return text;
+            }
+            format!("{}…", text.chars().take(SHOWN_VALUE_MAX).collect::<String>())
+        },
+    )
+}
+
+/// A typed value on one line: `7`, `on`, `{a, b}`, `{name: Ada, visits: 7}`.
+fn typed_text(value: &Value) -> String {
+    match value {
+        Value::Counter(sum) => sum.to_string(),
+        Value::Flag(true) => "on".to_owned(),
+        Value::Flag(false) => "off".to_owned(),
+        Value::Data(data) => escape(data),
+        Value::Set(elements) => {
+            let elements: Vec<String> = elements.iter().map(|it| escape(it)).collect();
+            format!("{{{}}}", elements.join(", "))
+        }
+        Value::Map(fields) => {
+            let field = |(name, value): &(String, Value)| format!("{name}: {}", typed_text(value));
+            format!("{{{}}}", fields.iter().map(field).collect::<Vec<_>>().join(", "))
+        }
+    }
 }
 
 /// Seconds in two significant steps: `0s`, `35ms`, `12.5s`, `4m 12s`.

@@ -63,10 +63,7 @@ impl Change {
 
     /// The encoding, with its format version.
     pub fn to_bytes(&self) -> Bytes {
-        let bytes = |delta: &Delta| match &delta.sibling.content {
-            Content::Value { data, .. } => data.len() + delta.key.len() + 48,
-            Content::Tombstone => delta.key.len() + 48,
-        };
+        let bytes = |delta: &Delta| delta.key.len() + delta.sibling.content.bytes();
         let capacity = 64 + self.deltas.iter().map(bytes).sum::<usize>();
         let mut writer = Writer::with_capacity(capacity);
         let is_ahead = !self.ahead_by.is_empty();
@@ -137,7 +134,10 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::vector::tests::{any_actor, any_vector};
+    use crate::{
+        record::Count,
+        vector::tests::{any_actor, any_vector},
+    };
 
     pub(crate) fn any_content() -> impl Strategy<Value = Content> {
         let data = || prop::collection::vec(any::<u8>(), 0..40).prop_map(Bytes::from);
@@ -148,7 +148,13 @@ pub(crate) mod tests {
                 data,
                 expire: Some(HybridTime::from_bits(expire))
             }),
+            any_count().prop_map(Content::Count),
+            (any_count(), any::<u64>()).prop_map(|(count, upto)| Content::Reset { count, upto }),
         ]
+    }
+
+    fn any_count() -> impl Strategy<Value = Count> {
+        (any::<u64>(), any::<i64>()).prop_map(|(since, total)| Count { since, total })
     }
 
     pub(crate) fn any_change() -> impl Strategy<Value = Change> {

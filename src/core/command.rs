@@ -18,6 +18,7 @@ use crate::{
     members::{Member, Members},
     record::{Content, Record, Rule},
     repair::{Offer, Trust},
+    typed::{Mutation, Refused},
     vector::{VersionVector, decode_actor, decode_dot, encode_actor, encode_dot},
 };
 
@@ -67,6 +68,8 @@ pub struct Write {
     pub checks: Vec<Check>,
     /// What to write, in order.
     pub operations: Vec<Operation>,
+    /// What to do to typed values, in order, after that.
+    pub mutations: Vec<Mutation>,
 }
 
 /// A condition on one key.
@@ -105,6 +108,15 @@ impl Condition {
             Self::DataEquals(data) => {
                 second.is_none() && first.is_some_and(|(_, held)| held == data)
             }
+        }
+    }
+
+    /// Whether the condition holds for a typed value: there is only whether it is there.
+    pub const fn holds_for_typed(&self, is_present: bool) -> bool {
+        match self {
+            Self::Absent => !is_present,
+            Self::Present => is_present,
+            Self::DotEquals(_) | Self::DataEquals(_) => false,
         }
     }
 }
@@ -251,6 +263,8 @@ pub enum Outcome {
     RequestReused,
     /// Nothing was written: these checks did not hold.
     ChecksFailed(Vec<FailedCheck>),
+    /// Nothing was written: a typed value does not take a mutation.
+    Refused(Refused),
     /// Nothing was written: an operation's context has seen more than this region has applied.
     /// The same write succeeds when the frontier covers `needed`.
     ContextAhead {
@@ -293,6 +307,8 @@ pub struct Written {
     pub context: VersionVector,
     /// Whether concurrent values remain or were resolved by the rule.
     pub conflict: bool,
+    /// Of a counter that was added to, the sum after it.
+    pub sum: Option<i64>,
 }
 
 /// A check that did not hold.
@@ -343,7 +359,7 @@ pub enum Stopped {
     SourceOut,
 }
 
-const BATCH_VERSION: u8 = 1;
+const BATCH_VERSION: u8 = 2;
 const WRITE: u8 = 1;
 const INGEST: u8 = 2;
 const TRIM: u8 = 3;
@@ -560,11 +576,9 @@ impl Command {
     fn data_bytes(&self) -> usize {
         match self {
             Self::Write(write) => {
-                let bytes = |operation: &Operation| match &operation.content {
-                    Content::Value { data, .. } => operation.key.len() + data.len(),
-                    Content::Tombstone => operation.key.len(),
-                };
-                write.operations.iter().map(bytes).sum()
+                let bytes = |it: &Operation| it.key.len() + it.content.bytes();
+                let operations: usize = write.operations.iter().map(bytes).sum();
+                operations + write.mutations.iter().map(Mutation::bytes).sum::<usize>()
             }
             Self::Ingest(_)
             | Self::Trim(_)
@@ -608,9 +622,16 @@ impl Write {
         for operation in &self.operations {
             part(&mut hash, 5, &operation.key);
             match &operation.content {
-                Content::Tombstone => part(&mut hash, 6, &[]),
                 Content::Value { data, .. } => part(&mut hash, 7, data),
+                Content::Tombstone | Content::Count(_) | Content::Reset { .. } => {
+                    part(&mut hash, 6, &[]);
+                }
             }
+        }
+        for mutation in &self.mutations {
+            let mut writer = Writer::default();
+            Mutation { context: None, ..mutation.clone() }.encode(&mut writer);
+            part(&mut hash, 8, &writer.finish());
         }
         hash.digest()
     }
@@ -649,6 +670,8 @@ impl Write {
                 context.encode(writer);
             }
         }
+        writer.count(self.mutations.len());
+        self.mutations.iter().for_each(|mutation| mutation.encode(writer));
     }
 
     fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
@@ -661,7 +684,9 @@ impl Write {
         let checks = (0..count).map(|_| decode_check(reader)).collect::<Result<_, _>>()?;
         let count = reader.count(3)?;
         let operations = (0..count).map(|_| decode_operation(reader)).collect::<Result<_, _>>()?;
-        Ok(Self { namespace, rule, actor, time, request, checks, operations })
+        let count = reader.count(4)?;
+        let mutations = (0..count).map(|_| Mutation::decode(reader)).collect::<Result<_, _>>()?;
+        Ok(Self { namespace, rule, actor, time, request, checks, operations, mutations })
     }
 }
 
@@ -784,7 +809,7 @@ pub struct Remembered {
     pub results: Vec<Written>,
 }
 
-const REMEMBERED_VERSION: u8 = 1;
+const REMEMBERED_VERSION: u8 = 2;
 
 impl Remembered {
     /// The encoding, with its format version.
@@ -799,6 +824,10 @@ impl Remembered {
             writer.fixed64(result.time.to_bits());
             writer.u8(u8::from(result.conflict));
             result.context.encode(&mut writer);
+            writer.u8(u8::from(result.sum.is_some()));
+            if let Some(sum) = result.sum {
+                writer.fixed64(sum.cast_unsigned());
+            }
         }
         writer.finish()
     }
@@ -812,14 +841,19 @@ impl Remembered {
         reader.version(REMEMBERED_VERSION)?;
         let executed = HybridTime::from_bits(reader.fixed64()?);
         let fingerprint = reader.fixed64()?;
-        let count = reader.count(13)?;
+        let count = reader.count(14)?;
         let mut results = Vec::with_capacity(count);
         for _ in 0..count {
             let dot = decode_dot(&mut reader)?;
             let time = HybridTime::from_bits(reader.fixed64()?);
             let conflict = decode_flag(&mut reader)?;
             let context = VersionVector::decode(&mut reader)?;
-            results.push(Written { dot, time, context, conflict });
+            let sum = if decode_flag(&mut reader)? {
+                Some(reader.fixed64()?.cast_signed())
+            } else {
+                None
+            };
+            results.push(Written { dot, time, context, conflict, sum });
         }
         reader.finish()?;
         Ok(Self { executed, fingerprint, results })
@@ -835,6 +869,7 @@ mod tests {
         change::tests::{any_change, any_content},
         members::tests::any_members,
         repair::tests::any_offer,
+        typed::tests::any_mutation,
         vector::tests::{any_actor, any_vector},
     };
 
@@ -845,7 +880,7 @@ mod tests {
     }
 
     fn any_rule() -> impl Strategy<Value = Rule> {
-        prop_oneof![Just(Rule::Lww), Just(Rule::Siblings)]
+        prop::sample::select(Rule::ALL.to_vec())
     }
 
     fn any_request() -> impl Strategy<Value = RequestId> {
@@ -877,10 +912,20 @@ mod tests {
             prop::option::of(any_request()),
             prop::collection::vec(any_check(), 0..3),
             prop::collection::vec(any_operation(), 0..4),
+            prop::collection::vec(any_mutation(), 0..3),
         )
-            .prop_map(|(namespace, rule, actor, time, request, checks, operations)| {
-                Write { namespace, rule, actor, time, request, checks, operations }
-            })
+            .prop_map(
+                |(namespace, rule, actor, time, request, checks, operations, mutations)| Write {
+                    namespace,
+                    rule,
+                    actor,
+                    time,
+                    request,
+                    checks,
+                    operations,
+                    mutations,
+                },
+            )
     }
 
     fn any_merge() -> impl Strategy<Value = Merge> {
@@ -977,9 +1022,9 @@ mod tests {
         }
 
         #[test]
-        fn remembered_results_read_back(actor in any_actor(), seq in 1u64..9, context in any_vector(), conflict: bool) {
+        fn remembered_results_read_back(actor in any_actor(), seq in 1u64..9, context in any_vector(), conflict: bool, sum in any::<Option<i64>>()) {
             let time = HybridTime::from_bits(5);
-            let written = Written { dot: Dot { actor, seq }, time, context, conflict };
+            let written = Written { dot: Dot { actor, seq }, time, context, conflict, sum };
             let results = vec![written];
             let remembered = Remembered { executed: time, fingerprint: seq, results };
             prop_assert_eq!(Remembered::from_bytes(remembered.to_bytes()), Ok(remembered));

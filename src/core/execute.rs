@@ -9,7 +9,10 @@
 //!
 //! Not here: where state is kept (`tombolo-storage`), who stamps time (`tombolo-shard`).
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    ops::Bound::{Included, Unbounded},
+};
 
 use bytes::Bytes;
 
@@ -19,12 +22,14 @@ use crate::{
         Advance, Collect, Command, Expire, FailedCheck, Ingest, Ingested, LinkSetting, Merge,
         Merged, Outcome, Remembered, Stopped, Write, Written,
     },
+    element,
     hlc::HybridTime,
     id::{Actor, Dot, NamespaceId, RegionId, RequestId},
     ledger::LedgerEntry,
     members::{Member, MemberState, Members},
     record::{Content, Delta, Record, Rule, Sibling},
     repair::{self, DotReused, Sides, Trust},
+    typed::{self, Mutated, Refused},
     vector::VersionVector,
 };
 
@@ -39,6 +44,15 @@ pub trait ShardState {
 
     /// The record of a key.
     fn record(&self, namespace: NamespaceId, key: &[u8]) -> Result<Option<Record>, Self::Error>;
+    /// Records with a value whose keys lie in a range, in order: at most `limit`, from `from` on, before
+    /// `to`.
+    fn elements(
+        &self,
+        namespace: NamespaceId,
+        from: &[u8],
+        to: Option<&[u8]>,
+        limit: usize,
+    ) -> Result<Vec<(Bytes, Record)>, Self::Error>;
     /// Replaces the record of a key.
     fn put_record(&mut self, namespace: NamespaceId, key: &Bytes, record: Record);
     /// Removes the record of a key.
@@ -195,16 +209,35 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
         return Ok(Outcome::ChecksFailed(failed));
     }
 
-    let mut writing = Writing::new(write.namespace, write.rule, write.actor, frontier);
-    let mut results = Vec::with_capacity(write.operations.len());
+    let mut writing = Writing::new(
+        &*state,
+        Place { namespace: write.namespace, rule: write.rule },
+        write.actor,
+        frontier,
+    );
+    let mut results = Vec::with_capacity(write.operations.len() + write.mutations.len());
     for operation in &write.operations {
-        let record = state.record(write.namespace, &operation.key)?.unwrap_or_default();
+        let record = writing.record(&operation.key)?;
         let mut supersedes = record.superseded_by(operation.context.as_ref());
         supersede_oldest(&record, &mut supersedes);
         let (key, content) = (operation.key.clone(), operation.content.clone());
-        results.push(writing.add(state, record, key, content, supersedes, write.time));
+        results.push(writing.add(record, key, content, supersedes, write.time));
     }
-    writing.finish(state);
+    for (place, mutation) in write.mutations.iter().enumerate() {
+        match typed::mutate(&mut writing, mutation, write.time)? {
+            Ok(Mutated { dot, time, conflict, sum }) => {
+                // Elements have seen what this region has applied.
+                let context = VersionVector::new();
+                results.push(Written { dot, time, context, conflict, sum });
+            }
+            Err(refusal) => return Ok(Outcome::Refused(Refused { mutation: place, refusal })),
+        }
+    }
+    writing.finish().execute(state);
+    let applied = state.frontier(write.namespace);
+    for result in results.iter_mut().skip(write.operations.len()) {
+        result.context.clone_from(&applied);
+    }
     if let Some(request) = write.request {
         let remembered = Remembered { executed: write.time, fingerprint, results };
         state.remember(request, &remembered);
@@ -218,10 +251,11 @@ fn execute_expire<S: ShardState>(state: &mut S, expire: &Expire) -> Result<Outco
         return Ok(Outcome::NotActive(member));
     }
     let frontier = state.frontier(expire.namespace);
-    let mut writing = Writing::new(expire.namespace, expire.rule, expire.actor, frontier);
+    let place = Place { namespace: expire.namespace, rule: expire.rule };
+    let mut writing = Writing::new(&*state, place, expire.actor, frontier);
     let mut expired = 0;
     for (key, dot) in &expire.values {
-        let record = state.record(expire.namespace, key)?.unwrap_or_default();
+        let record = writing.record(key)?;
         let is_over = |held: &&Sibling| {
             held.dot == *dot
                 && matches!(held.content, Content::Value { expire: Some(at), .. } if at <= expire.time)
@@ -229,16 +263,17 @@ fn execute_expire<S: ShardState>(state: &mut S, expire: &Expire) -> Result<Outco
         if record.siblings().iter().find(is_over).is_some() {
             // Exactly this value: what is concurrent with it stays.
             let (key, content) = (key.clone(), Content::Tombstone);
-            writing.add(state, record, key, content, vec![*dot], expire.time);
+            writing.add(record, key, content, vec![*dot], expire.time);
             expired += 1;
         }
     }
-    writing.finish(state);
+    writing.finish().execute(state);
     Ok(Outcome::Expired(expired))
 }
 
-/// The writes of one command, on their way to become one change.
-struct Writing {
+/// The writes of one command, planned: they see each other, and nothing is changed before all are known.
+pub(crate) struct Writing<'a, S: ShardState> {
+    state: &'a S,
     place: Place,
     actor: Actor,
     first_seq: u64,
@@ -247,43 +282,148 @@ struct Writing {
     /// That, and what the records that are replaced have seen: they may be ahead of it.
     depends_on: VersionVector,
     deltas: Vec<Delta>,
+    records: BTreeMap<Bytes, Record>,
+    ledger: Vec<LedgerEntry>,
 }
 
-impl Writing {
-    fn new(namespace: NamespaceId, rule: Rule, actor: Actor, frontier: VersionVector) -> Self {
+impl<'a, S: ShardState> Writing<'a, S> {
+    fn new(state: &'a S, place: Place, actor: Actor, frontier: VersionVector) -> Self {
         let first_seq = frontier.get(actor) + 1;
-        let (place, depends_on) = (Place { namespace, rule }, frontier.clone());
-        Self { place, actor, first_seq, frontier, depends_on, deltas: Vec::new() }
+        let depends_on = frontier.clone();
+        Self {
+            state,
+            place,
+            actor,
+            first_seq,
+            frontier,
+            depends_on,
+            deltas: Vec::new(),
+            records: BTreeMap::new(),
+            ledger: Vec::new(),
+        }
+    }
+
+    pub(crate) fn rule(&self) -> Rule {
+        self.place.rule
+    }
+
+    pub(crate) fn actor(&self) -> Actor {
+        self.actor
+    }
+
+    /// The identity of the next write.
+    pub(crate) fn next_dot(&self) -> Dot {
+        Dot { actor: self.actor, seq: self.first_seq + self.deltas.len() as u64 }
+    }
+
+    /// The record of a key, after the writes that are planned.
+    pub(crate) fn record(&self, key: &[u8]) -> Result<Record, S::Error> {
+        match self.records.get(key) {
+            Some(record) => Ok(record.clone()),
+            None => Ok(self.state.record(self.place.namespace, key)?.unwrap_or_default()),
+        }
+    }
+
+    /// Records with a value in a range of keys, after the writes that are planned: at least `limit` of
+    /// them, if there are so many.
+    pub(crate) fn elements(
+        &self,
+        from: &[u8],
+        to: Option<Vec<u8>>,
+        limit: usize,
+    ) -> Result<Vec<(Bytes, Record)>, S::Error> {
+        // So many may have been deleted by what is planned.
+        let limit = limit + self.records.len();
+        let to = to.as_deref();
+        let held = self.state.elements(self.place.namespace, from, to, limit)?;
+        if self.records.is_empty() {
+            return Ok(held);
+        }
+        let mut merged: BTreeMap<Bytes, Record> = held.into_iter().collect();
+        for (key, record) in self.records.range::<[u8], _>((Included(from), Unbounded)) {
+            if to.is_some_and(|to| to <= &key[..]) {
+                break;
+            }
+            merged.insert(key.clone(), record.clone());
+        }
+        Ok(merged.into_iter().filter(|(_, record)| !record.is_dead()).collect())
+    }
+
+    /// The first record with a value in a range of keys.
+    pub(crate) fn first_element(
+        &self,
+        from: &[u8],
+        to: Option<Vec<u8>>,
+    ) -> Result<Option<(Bytes, Record)>, S::Error> {
+        Ok(self.elements(from, to, 1)?.into_iter().next())
+    }
+
+    /// Writes an element.
+    pub(crate) fn write(
+        &mut self,
+        record: Record,
+        key: Bytes,
+        content: Content,
+        mut supersedes: Vec<Dot>,
+        time: HybridTime,
+    ) -> Mutated {
+        supersede_oldest(&record, &mut supersedes);
+        let Written { dot, time, conflict, .. } = self.add(record, key, content, supersedes, time);
+        Mutated { dot, time, conflict, sum: None }
     }
 
     /// Writes `content` over `record`, which is that of `key`.
-    fn add<S: ShardState>(
+    fn add(
         &mut self,
-        state: &mut S,
         mut record: Record,
         key: Bytes,
         content: Content,
         supersedes: Vec<Dot>,
         time: HybridTime,
     ) -> Written {
-        let dot = Dot { actor: self.actor, seq: self.first_seq + self.deltas.len() as u64 };
+        let dot = self.next_dot();
         let others = record.context().iter().filter(|(actor, _)| *actor != self.actor);
         others.for_each(|(actor, seq)| self.depends_on.advance(actor, seq));
         let time = time.max(record.latest_time().next());
         let delta = Delta { key, sibling: Sibling { dot, time, content }, supersedes };
-        let conflict = apply_delta(state, self.place, &mut record, &delta, &self.frontier);
+        let dropped = record.apply(&delta, &self.frontier, self.place.rule);
+        let conflict = !dropped.is_empty() || record.siblings().len() > 1;
+        let entry = |dropped| LedgerEntry::new(delta.key.clone(), dropped);
+        self.ledger.extend(dropped.into_iter().map(entry));
         let context = record.context().clone();
-        state.put_record(self.place.namespace, &delta.key, record);
+        self.records.insert(delta.key.clone(), record);
         self.deltas.push(delta);
-        Written { dot, time, context, conflict }
+        Written { dot, time, context, conflict, sum: None }
     }
 
-    fn finish<S: ShardState>(self, state: &mut S) {
-        let Self { place, actor, first_seq, frontier, depends_on, deltas } = self;
-        if !deltas.is_empty() {
-            let ahead_by = depends_on.minus(&frontier);
-            let change = Change { actor, first_seq, depends_on, ahead_by, deltas };
-            append(state, place.namespace, &change);
+    fn finish(self) -> Planned {
+        let Self { place, actor, first_seq, frontier, depends_on, deltas, records, ledger, .. } =
+            self;
+        let ahead_by = depends_on.minus(&frontier);
+        let change = Change { actor, first_seq, depends_on, ahead_by, deltas };
+        Planned { namespace: place.namespace, change, records, ledger }
+    }
+}
+
+/// What the writes of one command come to.
+struct Planned {
+    namespace: NamespaceId,
+    change: Change,
+    records: BTreeMap<Bytes, Record>,
+    ledger: Vec<LedgerEntry>,
+}
+
+impl Planned {
+    fn execute<S: ShardState>(self, state: &mut S) {
+        let Self { namespace, change, records, ledger } = self;
+        for (key, record) in records {
+            state.put_record(namespace, &key, record);
+        }
+        for entry in ledger {
+            state.add_to_ledger(namespace, entry);
+        }
+        if !change.deltas.is_empty() {
+            append(state, namespace, &change);
         }
     }
 }
@@ -316,8 +456,10 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
         let seen = change.seen();
         for delta in &change.deltas {
             let mut record = state.record(ingest.namespace, &delta.key)?.unwrap_or_default();
-            let place = Place { namespace: ingest.namespace, rule: ingest.rule };
-            apply_delta(state, place, &mut record, delta, &seen);
+            for dropped in record.apply(delta, &seen, ingest.rule) {
+                let entry = LedgerEntry::new(delta.key.clone(), dropped);
+                state.add_to_ledger(ingest.namespace, entry);
+            }
             state.put_record(ingest.namespace, &delta.key, record);
         }
         append(state, ingest.namespace, change);
@@ -450,22 +592,6 @@ struct Place {
     rule: Rule,
 }
 
-/// Applies a delta to a record, writes the ledger, and answers whether there is a conflict.
-fn apply_delta<S: ShardState>(
-    state: &mut S,
-    Place { namespace, rule }: Place,
-    record: &mut Record,
-    delta: &Delta,
-    seen: &VersionVector,
-) -> bool {
-    let dropped = record.apply(delta, seen, rule);
-    let conflict = !dropped.is_empty() || record.siblings().len() > 1;
-    for dropped in dropped {
-        state.add_to_ledger(namespace, LedgerEntry::new(delta.key.clone(), dropped));
-    }
-    conflict
-}
-
 fn append<S: ShardState>(state: &mut S, namespace: NamespaceId, change: &Change) {
     state.append_change(namespace, change);
     let mut frontier = state.frontier(namespace);
@@ -474,7 +600,7 @@ fn append<S: ShardState>(state: &mut S, namespace: NamespaceId, change: &Change)
 }
 
 /// What the write's contexts have seen, if this region has not applied all of it. What a repair
-/// brought ahead of the frontier counts for its own key.
+/// brought ahead of the frontier counts for its own key, unless that has many records.
 fn context_ahead<S: ShardState>(
     state: &S,
     write: &Write,
@@ -492,12 +618,26 @@ fn context_ahead<S: ShardState>(
             needed.join(context);
         }
     }
+    for context in write.mutations.iter().filter_map(|mutation| mutation.context.as_ref()) {
+        if !frontier.covers_all(context) {
+            needed.join(context);
+        }
+    }
     Ok((!needed.is_empty()).then_some(needed))
 }
 
 fn failed_checks<S: ShardState>(state: &S, write: &Write) -> Result<Vec<FailedCheck>, S::Error> {
     let mut failed = Vec::new();
     for (check, demanded) in write.checks.iter().enumerate() {
+        if write.rule.is_typed() {
+            let under = element::prefix(&demanded.key, &[]);
+            let to = element::end_of(&under);
+            let first = state.elements(write.namespace, &under, to.as_deref(), 1)?;
+            if !demanded.condition.holds_for_typed(!first.is_empty()) {
+                failed.push(FailedCheck { check, actual: None });
+            }
+            continue;
+        }
         let actual = state.record(write.namespace, &demanded.key)?;
         if !demanded.condition.holds(actual.as_ref(), write.time) {
             failed.push(FailedCheck { check, actual });

@@ -133,7 +133,13 @@ pub fn survivors<'a>(events: impl IntoIterator<Item = Event<'a>>, rule: Rule) ->
     let dot = |event: &Event<'_>| event.delta.sibling.dot;
     let kept = events.iter().filter(|event| !replaced.contains(&dot(event)));
     let mut kept: Vec<Dot> = match rule {
-        Rule::Siblings => kept.filter(|event| !is_tombstone(event)).map(dot).collect(),
+        Rule::Siblings
+        | Rule::Counter
+        | Rule::Set
+        | Rule::Map
+        | Rule::Flag
+        | Rule::Max
+        | Rule::Min => kept.filter(|event| !is_tombstone(event)).map(dot).collect(),
         Rule::Lww => {
             // Whoever wrote it had this one before, and what its write replaced stood against it.
             let is_outlived =

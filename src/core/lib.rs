@@ -6,7 +6,8 @@
 //! clock, no randomness, no hash-map order, no floats; `.clippy.toml` of this folder bans them.
 //!
 //! Reading order: [`id`], [`vector`], [`record`] (the merge), [`change`] (what travels),
-//! [`command`] and [`mod@execute`] (the state machine), [`token`] (what clients carry). What links do
+//! [`command`] and [`mod@execute`] (the state machine), [`element`] and [`typed`] (counters, sets and
+//! maps), [`token`] (what clients carry). What links do
 //! is decided by [`outgoing`], [`pending`], [`relay`] and [`repair`]; who takes part by [`members`];
 //! what may be forgotten by [`stability`]; what must hold of all of it is in [`invariant`].
 //!
@@ -15,6 +16,7 @@
 pub mod change;
 pub mod codec;
 pub mod command;
+pub mod element;
 pub mod execute;
 pub mod hlc;
 pub mod id;
@@ -35,6 +37,7 @@ pub mod stability;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod token;
+pub mod typed;
 pub mod vector;
 
 pub use change::Change;

@@ -34,6 +34,7 @@ pub fn digest(key: &[u8], record: &Record) -> u64 {
     hash.update(&(key.len() as u64).to_le_bytes());
     hash.update(key);
     for sibling in record.siblings() {
+        // A tombstone makes no difference to what is there. A reset does, to the count beside it.
         if sibling.content == Content::Tombstone {
             continue;
         }

@@ -11,6 +11,8 @@
 //!   highest (time, dot) of all events that the context covers: writers stamp later than what
 //!   they replace, so that time extends the causal order ([`crate::execute()`] sees to it).
 //! * Under `siblings` every sibling is a value; a record without siblings is a tombstone.
+//! * Elements of typed values ([`crate::element`]) merge as under `siblings`; what a reader sees of
+//!   them is for [`crate::typed`] to say. A record whose siblings are all resets is a tombstone, too.
 //!
 //! Source: Preguiça et al., "Dotted Version Vectors" (2010), arXiv:1011.5808.
 
@@ -30,24 +32,50 @@ pub enum Rule {
     Lww,
     /// All concurrent values are kept and returned.
     Siblings,
+    /// Every addition of every region counts, once.
+    Counter,
+    /// A set: an addition that a removal has not seen survives it.
+    Set,
+    /// Registers, counters, sets and more, by path: each merges by itself.
+    Map,
+    /// On or off: switching on survives switching off that has not seen it.
+    Flag,
+    /// The largest value, byte by byte.
+    Max,
+    /// The smallest value, byte by byte.
+    Min,
 }
 
 impl Rule {
+    /// Every rule.
+    pub const ALL: [Self; 8] = [
+        Self::Lww,
+        Self::Siblings,
+        Self::Counter,
+        Self::Set,
+        Self::Map,
+        Self::Flag,
+        Self::Max,
+        Self::Min,
+    ];
+
     /// As stored and replicated.
     pub const fn to_byte(self) -> u8 {
         match self {
             Self::Lww => 1,
             Self::Siblings => 2,
+            Self::Counter => 3,
+            Self::Set => 4,
+            Self::Map => 5,
+            Self::Flag => 6,
+            Self::Max => 7,
+            Self::Min => 8,
         }
     }
 
     /// Reads [`to_byte`](Self::to_byte)'s answer.
-    pub const fn from_byte(byte: u8) -> Option<Self> {
-        match byte {
-            1 => Some(Self::Lww),
-            2 => Some(Self::Siblings),
-            _ => None,
-        }
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|rule| rule.to_byte() == byte)
     }
 
     /// The name in configuration, output and logs.
@@ -55,6 +83,21 @@ impl Rule {
         match self {
             Self::Lww => "lww",
             Self::Siblings => "siblings",
+            Self::Counter => "counter",
+            Self::Set => "set",
+            Self::Map => "map",
+            Self::Flag => "flag",
+            Self::Max => "max",
+            Self::Min => "min",
+        }
+    }
+
+    /// Whether values are changed by typed operations and stored as elements ([`crate::element`]);
+    /// otherwise they are written whole, under the user's key.
+    pub const fn is_typed(self) -> bool {
+        match self {
+            Self::Lww | Self::Siblings => false,
+            Self::Counter | Self::Set | Self::Map | Self::Flag | Self::Max | Self::Min => true,
         }
     }
 }
@@ -71,6 +114,25 @@ pub enum Content {
     },
     /// Nothing: the key was deleted.
     Tombstone,
+    /// What one region has added to a counter.
+    Count(Count),
+    /// A deletion of what one region has added to a counter, as far as it had seen it.
+    Reset {
+        /// What it had seen.
+        count: Count,
+        /// The sequence number of the addition that made it so.
+        upto: u64,
+    },
+}
+
+/// What one region has added to a counter, in all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Count {
+    /// The sequence number of the addition that it begins with: after a deletion that had seen all, a
+    /// region begins anew.
+    pub since: u64,
+    /// The sum of the additions since then.
+    pub total: i64,
 }
 
 impl Content {
@@ -83,7 +145,23 @@ impl Content {
     pub fn live_at(&self, now: HybridTime) -> Option<&Bytes> {
         match self {
             Self::Value { data, expire } if expire.is_none_or(|expire| now < expire) => Some(data),
-            Self::Value { .. } | Self::Tombstone => None,
+            Self::Value { .. } | Self::Tombstone | Self::Count(_) | Self::Reset { .. } => None,
+        }
+    }
+
+    /// Whether there is something, expired or not, and not only the fact of a deletion.
+    pub const fn is_present(&self) -> bool {
+        match self {
+            Self::Value { .. } | Self::Count(_) => true,
+            Self::Tombstone | Self::Reset { .. } => false,
+        }
+    }
+
+    /// About how many bytes the encoding has.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Value { data, .. } => data.len() + 48,
+            Self::Tombstone | Self::Count(_) | Self::Reset { .. } => 48,
         }
     }
 
@@ -99,6 +177,15 @@ impl Content {
                 writer.fixed64(expire.to_bits());
                 writer.bytes(data);
             }
+            Self::Count(count) => {
+                writer.u8(3);
+                count.encode(writer);
+            }
+            Self::Reset { count, upto } => {
+                writer.u8(4);
+                count.encode(writer);
+                writer.varint(*upto);
+            }
         }
     }
 
@@ -110,8 +197,21 @@ impl Content {
                 let expire = Some(HybridTime::from_bits(reader.fixed64()?));
                 Ok(Self::Value { data: reader.bytes()?, expire })
             }
+            3 => Ok(Self::Count(Count::decode(reader)?)),
+            4 => Ok(Self::Reset { count: Count::decode(reader)?, upto: reader.varint()? }),
             tag => Err(reader.invalid(u64::from(tag))),
         }
+    }
+}
+
+impl Count {
+    fn encode(self, writer: &mut Writer) {
+        writer.varint(self.since);
+        writer.fixed64(self.total.cast_unsigned());
+    }
+
+    fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+        Ok(Self { since: reader.varint()?, total: reader.fixed64()?.cast_signed() })
     }
 }
 
@@ -216,7 +316,7 @@ impl Record {
 
     /// Whether no sibling holds a value: only the fact of a deletion is left.
     pub fn is_dead(&self) -> bool {
-        self.siblings.iter().all(|held| held.content == Content::Tombstone)
+        !self.siblings.iter().any(|held| held.content.is_present())
     }
 
     /// Applies one write and answers what the rule dropped. A write that was seen before changes
@@ -232,8 +332,8 @@ impl Record {
         }
         self.context.add(incoming.dot);
         self.siblings.retain(|held| !delta.supersedes.contains(&held.dot));
-        let was_seen = |held: &Sibling| held.content == Content::Tombstone && seen.covers(held.dot);
-        let (outlived, kept) = self.siblings.drain(..).partition(was_seen);
+        let is_over = |held: &Sibling| seen.covers(held.dot) && outlives(incoming, held);
+        let (outlived, kept) = self.siblings.drain(..).partition(is_over);
         self.siblings = kept;
         let outlived: Vec<Sibling> = outlived;
         let at = self.siblings.partition_point(|held| held.dot < incoming.dot);
@@ -259,7 +359,13 @@ impl Record {
     fn resolve(&mut self, rule: Rule) -> Vec<Dropped> {
         match rule {
             Rule::Lww => self.keep_latest(),
-            Rule::Siblings => {
+            Rule::Siblings
+            | Rule::Counter
+            | Rule::Set
+            | Rule::Map
+            | Rule::Flag
+            | Rule::Max
+            | Rule::Min => {
                 // A deletion removed what it had seen; nothing of it needs to stay.
                 self.siblings.retain(|held| held.content != Content::Tombstone);
                 Vec::new()
@@ -313,11 +419,17 @@ impl Record {
     }
 
     fn data_bytes(&self) -> usize {
-        let length = |held: &Sibling| match &held.content {
-            Content::Value { data, .. } => data.len() + 48,
-            Content::Tombstone => 48,
-        };
-        self.siblings.iter().map(length).sum()
+        self.siblings.iter().map(|held| held.content.bytes()).sum()
+    }
+}
+
+/// Whether a deletion that a write had seen, and did not name, is over with it: the writer may have
+/// collected it. A reset stays as long as the count that it is a part of.
+fn outlives(incoming: &Sibling, held: &Sibling) -> bool {
+    match (&held.content, &incoming.content) {
+        (Content::Tombstone, _) => true,
+        (Content::Reset { count: of, .. }, Content::Count(count)) => of.since != count.since,
+        (Content::Reset { .. } | Content::Value { .. } | Content::Count(_), _) => false,
     }
 }
 

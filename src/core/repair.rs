@@ -40,7 +40,7 @@ use crate::{
     id::Dot,
     ledger::LedgerEntry,
     merkle::{Block, FAN_OUT, Tree, digest},
-    record::{Content, Dropped, Record, Rule, Sibling},
+    record::{Dropped, Record, Rule, Sibling},
     vector::{VersionVector, decode_dot, encode_dot},
 };
 
@@ -192,7 +192,7 @@ pub fn merge(
             Some(_) => false,
             // A source that has no value may hold the tombstone all the same, or have collected it:
             // here it must stay until it is collected, for older writes that are still to come.
-            None if offer.siblings.is_empty() && sibling.content == Content::Tombstone => false,
+            None if offer.siblings.is_empty() && !sibling.content.is_present() => false,
             None => sides.saw_superseded(dot, sides.cut, &offer.context),
         };
         if !is_gone {

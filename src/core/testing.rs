@@ -192,6 +192,20 @@ impl ShardState for MemoryState {
         Ok(self.records.get(&(namespace, Bytes::copy_from_slice(key))).cloned())
     }
 
+    fn elements(
+        &self,
+        namespace: NamespaceId,
+        from: &[u8],
+        to: Option<&[u8]>,
+        limit: usize,
+    ) -> Result<Vec<(Bytes, Record)>, Infallible> {
+        let all = self.records.range((namespace, Bytes::copy_from_slice(from))..);
+        let within = all
+            .take_while(|((held, key), _)| *held == namespace && to.is_none_or(|to| key[..] < *to));
+        let live = within.filter(|(_, record)| !record.is_dead());
+        Ok(live.take(limit).map(|((_, key), record)| (key.clone(), record.clone())).collect())
+    }
+
     fn put_record(&mut self, namespace: NamespaceId, key: &Bytes, record: Record) {
         self.records.insert((namespace, key.clone()), record);
     }

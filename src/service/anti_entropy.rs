@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use futures::future::join_all;
 use tokio::time::Instant;
-use tombolo_core::{Content, NamespaceId, RegionId, namespace::Namespace};
+use tombolo_core::{NamespaceId, RegionId, namespace::Namespace};
 use tombolo_proto::v1 as pb;
 use tombolo_replication::{KeyDifference, LinkKey};
 use tombolo_shard::{AtRisk, Consistency, Shard, ShardError, blocking};
@@ -152,7 +152,7 @@ impl RegionApi {
             key: delta.key,
             dot: Some(encode_dot(delta.sibling.dot)),
             hybrid_time: delta.sibling.time.to_bits(),
-            is_delete: delta.sibling.content == Content::Tombstone,
+            is_delete: !delta.sibling.content.is_present(),
         };
         pb::AtRisk {
             namespace: self.namespace_name(namespace),

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use prost_types::Timestamp;
 use tombolo_cluster::Topology;
 use tombolo_core::{
-    Actor, Content, Dot, HybridTime, NamespaceId, Record, RegionId, RequestId,
+    Actor, Content, Dot, HybridTime, NamespaceId, Record, RegionId, RequestId, Rule, VersionVector,
     command::{Check, Condition, Operation},
     key::check_key,
     token::{ClusterTag, decode_context, encode_context},
@@ -15,7 +15,8 @@ use tonic::Status;
 
 use crate::{
     reason::Reason,
-    status::{not_implemented, of_key_error, of_token_error},
+    status::{of_key_error, of_token_error},
+    typed::not_of_rule,
 };
 
 /// What converting needs to know of the request's surroundings.
@@ -36,32 +37,58 @@ impl Scope<'_> {
 
     pub(crate) fn put(
         &self,
+        rule: Rule,
         key: Bytes,
         value: Option<pb::Value>,
         expire: Option<HybridTime>,
         context: &Bytes,
     ) -> Result<Operation, Status> {
+        use pb::value::Kind;
+        if rule.is_typed() {
+            return Err(not_of_rule(rule, &[], "put"));
+        }
         let data = match value.and_then(|value| value.kind) {
-            Some(pb::value::Kind::Data(data)) => data,
-            Some(pb::value::Kind::Counter(_)) => return Err(not_implemented("a counter value")),
-            Some(pb::value::Kind::Set(_)) => return Err(not_implemented("a set value")),
-            Some(pb::value::Kind::Map(_)) => return Err(not_implemented("a map value")),
+            Some(Kind::Data(data)) => data,
+            Some(Kind::Counter(_) | Kind::Set(_) | Kind::Map(_) | Kind::Flag(_)) => {
+                let text = "a typed value is not put; typed operations change it (Mutate)";
+                let metadata = [("operation", "put".to_owned()), ("rule", rule.name().to_owned())];
+                return Err(Reason::TypeMismatch.status(text, &metadata));
+            }
             None => {
                 return Err(Reason::RequestInvalid
                     .status("the value is missing; to remove a key, delete it", &[]));
             }
         };
-        if data.len() > self.value_bytes_max {
-            return Err(Reason::ValueTooLarge.status(
-                format!(
-                    "the value has {} bytes; at most {} are allowed",
-                    data.len(),
-                    self.value_bytes_max
-                ),
-                &[("max_bytes", self.value_bytes_max.to_string())],
-            ));
-        }
+        let data = self.data(data)?;
         self.operation(key, Content::Value { data, expire }, context)
+    }
+
+    /// Checks the length of a value.
+    pub(crate) fn data(&self, data: Bytes) -> Result<Bytes, Status> {
+        if data.len() <= self.value_bytes_max {
+            return Ok(data);
+        }
+        Err(Reason::ValueTooLarge.status(
+            format!(
+                "the value has {} bytes; at most {} are allowed",
+                data.len(),
+                self.value_bytes_max
+            ),
+            &[("max_bytes", self.value_bytes_max.to_string())],
+        ))
+    }
+
+    /// Reads the context of a key; `None` if there is none.
+    pub(crate) fn context(
+        &self,
+        key: &[u8],
+        context: &Bytes,
+    ) -> Result<Option<VersionVector>, Status> {
+        if context.is_empty() {
+            return Ok(None);
+        }
+        let decoded = decode_context(self.cluster, self.namespace, key, context);
+        decoded.map(Some).map_err(|error| of_token_error(Reason::ContextInvalid, &error))
     }
 
     pub(crate) fn operation(
@@ -71,28 +98,17 @@ impl Scope<'_> {
         context: &Bytes,
     ) -> Result<Operation, Status> {
         let key = self.key(key)?;
-        let context = if context.is_empty() {
-            None
-        } else {
-            let decoded = decode_context(self.cluster, self.namespace, &key, context);
-            Some(decoded.map_err(|error| of_token_error(Reason::ContextInvalid, &error))?)
-        };
+        let context = self.context(&key, context)?;
         Ok(Operation { key, content, context })
     }
 
-    pub(crate) fn write(&self, write: pb::Write) -> Result<Operation, Status> {
-        match write.action {
-            Some(pb::write::Action::Put(value)) => {
-                self.put(write.key, Some(value), None, &write.context)
-            }
-            Some(pb::write::Action::Delete(pb::Remove {})) => {
-                self.operation(write.key, Content::Tombstone, &write.context)
-            }
-            None => Err(Reason::RequestInvalid.status("a write has neither put nor delete", &[])),
+    pub(crate) fn check(&self, rule: Rule, check: pb::Check) -> Result<Check, Status> {
+        use pb::check::Condition as Asked;
+        if rule.is_typed()
+            && !matches!(check.condition, Some(Asked::Absent(_) | Asked::Present(_)) | None)
+        {
+            return Err(not_of_rule(rule, &[], "a check of more than presence"));
         }
-    }
-
-    pub(crate) fn check(&self, check: pb::Check) -> Result<Check, Status> {
         let condition = match check.condition {
             Some(pb::check::Condition::Absent(pb::Absent {})) => Condition::Absent,
             Some(pb::check::Condition::Present(pb::Present {})) => Condition::Present,
@@ -114,7 +130,7 @@ impl Scope<'_> {
         let version = |(sibling, data): (&tombolo_core::record::Sibling, &Bytes)| {
             let expire = match &sibling.content {
                 Content::Value { expire, .. } => *expire,
-                Content::Tombstone => None,
+                Content::Tombstone | Content::Count(_) | Content::Reset { .. } => None,
             };
             let kind = Some(pb::value::Kind::Data(data.clone()));
             pb::Version {

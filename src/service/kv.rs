@@ -4,28 +4,32 @@ use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::{Stream, future::try_join_all};
-use tokio::time::Instant;
+use tokio::{sync::Semaphore, time::Instant};
 use tombolo_core::{
-    Content, Dot, RequestId, ShardId, VersionVector,
+    Content, Dot, RequestId, Rule, ShardId, VersionVector,
     command::{Check, Operation, Written},
     key::{BATCH_OPERATIONS_MAX, check_key},
     namespace::Namespace,
     token::{SessionToken, encode_context},
+    typed::Mutation,
 };
 use tombolo_proto::v1::{
     self as pb,
     kv_service_client::KvServiceClient,
     kv_service_server::{KvService, KvServiceServer},
 };
-use tombolo_shard::{Consistency, Shard, WriteOutcome, WriteReply, WriteRequest};
+use tombolo_shard::{Consistency, Shard, WriteOutcome, WriteReply, WriteRequest, blocking};
 use tonic::{Request, Response, Status, transport::Channel};
 
 use crate::{
-    convert::{decode_expiration, decode_request_id, encode_dot, encode_revision, timestamp},
+    convert::{
+        Scope, decode_expiration, decode_request_id, encode_dot, encode_revision, timestamp,
+    },
     gateway::{Call, Gateway, request as with_metadata},
     reason::Reason,
-    scan::ScanStream,
+    scan::{SCANS_MAX, ScanStream},
     status::{not_implemented, of_key_error},
+    typed::{Asked, MUTATIONS_MAX, Page, ReadError, mutated, of_refused, read},
 };
 
 /// Largest answer of another node: a failed commit shows up to 128 values.
@@ -40,6 +44,15 @@ fn forward_to(channel: Channel) -> KvServiceClient<Channel> {
 #[derive(Clone)]
 pub struct KvApi {
     gateway: Arc<Gateway>,
+    /// Bounds the scans that run at once.
+    scans: Arc<Semaphore>,
+}
+
+/// What a write does, decoded and checked.
+#[derive(Default)]
+struct Changes {
+    operations: Vec<Operation>,
+    mutations: Vec<Mutation>,
 }
 
 /// A write that is decoded and checked.
@@ -49,6 +62,7 @@ struct Prepared {
     request: Option<RequestId>,
     checks: Vec<Check>,
     operations: Vec<Operation>,
+    mutations: Vec<Mutation>,
     session: SessionToken,
     ack_regions: u32,
 }
@@ -56,7 +70,7 @@ struct Prepared {
 impl KvApi {
     /// Serves keys through `gateway`.
     pub fn new(gateway: Arc<Gateway>) -> Self {
-        Self { gateway }
+        Self { gateway, scans: Arc::new(Semaphore::new(SCANS_MAX)) }
     }
 
     /// The tonic service, refusing messages above `message_bytes_max`.
@@ -120,8 +134,12 @@ impl KvApi {
             request: prepared.request,
             checks: prepared.checks.clone(),
             operations: prepared.operations.clone(),
+            mutations: prepared.mutations.clone(),
         };
         let reply = shard.write(request, call.deadline).await.map_err(to_status)?;
+        if let WriteOutcome::Refused(refused) = reply.outcome {
+            return Err(of_refused(namespace.rule, &prepared.mutations, refused));
+        }
         if let WriteOutcome::Written(results) = &reply.outcome
             && let Some(last) = results.last()
         {
@@ -181,17 +199,20 @@ impl KvApi {
     fn prepare_one(
         &self,
         namespace: Arc<Namespace>,
-        operation: Operation,
+        key: &Bytes,
+        changes: Changes,
         request_id: Option<pb::RequestId>,
         session_token: &Bytes,
         ack_regions: u32,
     ) -> Result<Prepared, Status> {
         self.check_ack_regions(ack_regions)?;
+        let Changes { operations, mutations } = changes;
         Ok(Prepared {
-            shard: self.gateway.shards().of_key(&operation.key).clone(),
+            shard: self.gateway.shards().of_key(key).clone(),
             request: decode_request_id(request_id)?,
             checks: Vec::new(),
-            operations: vec![operation],
+            operations,
+            mutations,
             session: self.gateway.session(session_token)?,
             ack_regions,
             namespace,
@@ -208,9 +229,11 @@ impl KvApi {
             return Err(Reason::RequestIdInvalid
                 .status("the request id was used for a commit without writes", &[]));
         };
-        let Prepared { namespace, shard, operations, session, .. } = prepared;
-        let key = operations.first().map_or(&[][..], |operation| &operation.key);
-        let Written { dot, time, context, conflict } = written;
+        let Prepared { namespace, shard, operations, mutations, session, .. } = prepared;
+        let cleared = mutations.first().map(|mutation| &mutation.key);
+        let key = operations.first().map(|operation| &operation.key).or(cleared);
+        let key = key.map_or(&[][..], |key| key);
+        let Written { dot, time, context, conflict, sum: _ } = written;
         Ok(pb::PutResponse {
             context: encode_context(self.gateway.cluster(), namespace.id, key, &context),
             session_token: self.token(session.clone(), namespace, shard.id(), &context),
@@ -240,20 +263,16 @@ impl KvApi {
             .checks
             .iter()
             .cloned()
-            .map(|check| scope.check(check))
+            .map(|check| scope.check(namespace.rule, check))
             .collect::<Result<_, _>>()?;
-        let operations: Vec<Operation> = message
-            .writes
-            .iter()
-            .cloned()
-            .map(|write| scope.write(write))
-            .collect::<Result<_, _>>()?;
-        let keys = checks
-            .iter()
-            .map(|check| &check.key)
-            .chain(operations.iter().map(|operation| &operation.key));
+        let mut changes = Changes::default();
+        for write in message.writes.iter().cloned() {
+            changes.add(&scope, namespace.rule, write)?;
+        }
+        let keys = checks.iter().map(|check| &check.key);
+        let keys = keys.chain(message.writes.iter().map(|write| &write.key));
         let shard = self.one_shard(keys)?;
-        if let Some(key) = repeated_key(&operations) {
+        if let Some(key) = repeated_key(&message.writes) {
             return Err(Reason::RequestInvalid
                 .status(format!("the commit writes key `{}` twice", key.escape_ascii()), &[]));
         }
@@ -261,7 +280,8 @@ impl KvApi {
             shard,
             request: decode_request_id(message.request_id)?,
             checks,
-            operations,
+            operations: changes.operations,
+            mutations: changes.mutations,
             session: self.gateway.session(&message.session_token)?,
             ack_regions: message.ack_regions,
             namespace,
@@ -293,31 +313,35 @@ impl KvApi {
     async fn commit_here(
         &self,
         prepared: &Prepared,
+        writes: &[pb::Write],
         call: Call,
     ) -> Result<pb::CommitResponse, Status> {
         let reply = self.write(prepared, call).await?;
-        let Prepared { namespace, shard, operations, checks, session, .. } = prepared;
+        let Prepared { namespace, shard, operations, mutations, checks, session, .. } = prepared;
         let scope = self.gateway.scope(namespace.id);
         let cluster = self.gateway.cluster();
         let revision = Some(encode_revision(reply.revision));
         let mut seen = VersionVector::new();
         match reply.outcome {
-            WriteOutcome::Written(results) => {
-                let encode = |(written, operation): (Written, &Operation)| {
+            WriteOutcome::Written(results_of) => {
+                let operated = operations.iter().map(|operation| &operation.key);
+                let keys = operated.chain(mutations.iter().map(|mutation| &mutation.key));
+                // One answer a write; of several mutations of a key, the last one's.
+                let mut results: BTreeMap<Bytes, pb::WriteResult> = BTreeMap::new();
+                for (written, key) in results_of.into_iter().zip(keys) {
                     seen.join(&written.context);
-                    pb::WriteResult {
-                        context: encode_context(
-                            cluster,
-                            namespace.id,
-                            &operation.key,
-                            &written.context,
-                        ),
-                        conflict: written.conflict,
+                    let before = results.get(key);
+                    let result = pb::WriteResult {
+                        context: encode_context(cluster, namespace.id, key, &written.context),
+                        conflict: written.conflict || before.is_some_and(|it| it.conflict),
                         dot: Some(encode_dot(written.dot)),
                         hybrid_time: written.time.to_bits(),
-                    }
-                };
-                let results = results.into_iter().zip(operations).map(encode).collect();
+                        sum: written.sum.or(before.and_then(|it| it.sum)),
+                    };
+                    results.insert(key.clone(), result);
+                }
+                let of_write = |write: &pb::Write| results.remove(&write.key).unwrap_or_default();
+                let results = writes.iter().map(of_write).collect();
                 let session_token = self.token(session.clone(), namespace, shard.id(), &seen);
                 Ok(pb::CommitResponse {
                     committed: true,
@@ -348,8 +372,59 @@ impl KvApi {
                     revision,
                 })
             }
+            WriteOutcome::Refused(refused) => Err(of_refused(namespace.rule, mutations, refused)),
         }
     }
+
+    /// Applies typed operations here.
+    async fn mutate_here(
+        &self,
+        prepared: &Prepared,
+        message: &pb::MutateRequest,
+        call: Call,
+    ) -> Result<pb::MutateResponse, Status> {
+        let reply = self.write(prepared, call).await?;
+        let WriteOutcome::Written(results) = reply.outcome else {
+            return Err(Reason::Internal.status("a write without checks failed a check", &[]));
+        };
+        let Prepared { namespace, shard, mutations, session, .. } = prepared;
+        if results.len() != mutations.len() {
+            let text = "the request id was used for another kind of request";
+            return Err(Reason::RequestIdInvalid.status(text, &[]));
+        }
+        let scope = self.gateway.scope(namespace.id);
+        let seen = results.last().map(|last| last.context.clone()).unwrap_or_default();
+        Ok(pb::MutateResponse {
+            session_token: self.token(session.clone(), namespace, shard.id(), &seen),
+            revision: Some(encode_revision(reply.revision)),
+            ..mutated(&scope, &message.key, &message.operations, &results)
+        })
+    }
+
+    /// Reads a typed value on this replica.
+    async fn get_typed(
+        &self,
+        namespace: &Arc<Namespace>,
+        shard: &Shard,
+        key: &Bytes,
+        asked: Asked,
+    ) -> Result<TypedRead, Status> {
+        // Before the data, so that it covers nothing that is not shown.
+        let seen = shard.frontier(namespace.id);
+        let (of, from, read_key) = (Arc::clone(namespace), shard.clone(), key.clone());
+        let page = blocking(move || read(&from, &of, &read_key, &asked)).await;
+        match page {
+            Ok(page) => Ok(TypedRead { page, seen }),
+            Err(ReadError::Shard(error)) => Err(self.gateway.status(error)),
+            Err(ReadError::Status(status)) => Err(status),
+        }
+    }
+}
+
+/// A part of a typed value, and what it has seen.
+struct TypedRead {
+    page: Page,
+    seen: VersionVector,
 }
 
 fn batch_too_large(what: &str, count: usize) -> Status {
@@ -359,9 +434,58 @@ fn batch_too_large(what: &str, count: usize) -> Status {
     )
 }
 
-fn repeated_key(operations: &[Operation]) -> Option<&Bytes> {
+fn repeated_key(writes: &[pb::Write]) -> Option<&Bytes> {
     let mut keys = std::collections::BTreeSet::new();
-    operations.iter().map(|operation| &operation.key).find(|key| !keys.insert(*key))
+    writes.iter().map(|write| &write.key).find(|key| !keys.insert(*key))
+}
+
+impl Changes {
+    /// Adds a write of a commit.
+    fn add(&mut self, scope: &Scope<'_>, rule: Rule, write: pb::Write) -> Result<(), Status> {
+        match write.action {
+            Some(pb::write::Action::Put(value)) => {
+                let put = scope.put(rule, write.key, Some(value), None, &write.context)?;
+                self.operations.push(put);
+            }
+            Some(pb::write::Action::Delete(pb::Remove {})) => {
+                let deletion = Self::deletion(scope, rule, &write.key, &write.context)?;
+                self.operations.extend(deletion.operations);
+                self.mutations.extend(deletion.mutations);
+            }
+            Some(pb::write::Action::Mutate(pb::Mutation { operations })) => {
+                let more = scope.mutations(rule, &write.key, operations, &write.context)?;
+                self.mutations.extend(more);
+            }
+            None => {
+                let text = "a write has neither put, delete nor mutate";
+                return Err(Reason::RequestInvalid.status(text, &[]));
+            }
+        }
+        if self.mutations.len() > MUTATIONS_MAX {
+            return Err(Reason::BatchTooLarge.status(
+                format!("more than {MUTATIONS_MAX} typed operations, elements counted"),
+                &[("max", MUTATIONS_MAX.to_string())],
+            ));
+        }
+        Ok(())
+    }
+
+    /// The deletion of a key.
+    fn deletion(
+        scope: &Scope<'_>,
+        rule: Rule,
+        key: &Bytes,
+        context: &Bytes,
+    ) -> Result<Self, Status> {
+        let mut changes = Self::default();
+        if rule.is_typed() {
+            changes.mutations.push(scope.clear(key, context)?);
+        } else {
+            let deletion = scope.operation(key.clone(), Content::Tombstone, context)?;
+            changes.operations.push(deletion);
+        }
+        Ok(changes)
+    }
 }
 
 #[tonic::async_trait]
@@ -379,9 +503,23 @@ impl KvService for KvApi {
         let revision =
             self.ready(shard, &namespace, message.consistency, &session, call.deadline).await?;
 
+        let scope = self.gateway.scope(namespace.id);
+        if namespace.rule.is_typed() {
+            let asked = Asked::of_get(namespace.rule, &message)?;
+            let TypedRead { page, seen } =
+                self.get_typed(&namespace, shard, &message.key, asked).await?;
+            let rule = namespace.rule;
+            return Ok(Response::new(pb::GetResponse {
+                versions: scope.typed_versions(rule, page.assembly, message.keys_only)?,
+                context: encode_context(scope.cluster, namespace.id, &message.key, &seen),
+                session_token: self.token(session, &namespace, shard.id(), &seen),
+                revision: Some(encode_revision(revision)),
+                next_element_token: page.next,
+            }));
+        }
+        Asked::check_untyped(namespace.rule, &message)?;
         let record =
             shard.record(namespace.id, &message.key).map_err(|error| self.gateway.status(error))?;
-        let scope = self.gateway.scope(namespace.id);
         let (versions, context) = scope.versions(&message.key, record.as_ref(), message.keys_only);
         let seen = record.map(|record| record.context().clone()).unwrap_or_default();
         Ok(Response::new(pb::GetResponse {
@@ -389,6 +527,7 @@ impl KvService for KvApi {
             context,
             session_token: self.token(session, &namespace, shard.id(), &seen),
             revision: Some(encode_revision(revision)),
+            next_element_token: Bytes::new(),
         }))
     }
 
@@ -420,6 +559,20 @@ impl KvService for KvApi {
         let scope = self.gateway.scope(namespace.id);
         let mut results = vec![pb::KeyResult::default(); message.keys.len()];
         for (shard, places) in shards.into_values() {
+            if namespace.rule.is_typed() {
+                for place in places {
+                    let key = message.keys[place].clone();
+                    let read = self.get_typed(&namespace, shard, &key, Asked::all());
+                    let TypedRead { page, seen } = read.await?;
+                    session.observe(namespace.id, shard.id(), &seen);
+                    let rule = namespace.rule;
+                    let partial = !page.next.is_empty();
+                    let versions = scope.typed_versions(rule, page.assembly, message.keys_only)?;
+                    let context = encode_context(scope.cluster, namespace.id, &key, &seen);
+                    results[place] = pb::KeyResult { key, versions, context, partial };
+                }
+                continue;
+            }
             let keys: Vec<Bytes> = places.iter().map(|&at| message.keys[at].clone()).collect();
             // One moment of the shard: an atomic commit is seen whole or not at all.
             let records = shard.records(namespace.id, &keys);
@@ -429,7 +582,7 @@ impl KvService for KvApi {
                     session.observe(namespace.id, shard.id(), record.context());
                 }
                 let (versions, context) = scope.versions(&key, record.as_ref(), message.keys_only);
-                results[place] = pb::KeyResult { key, versions, context };
+                results[place] = pb::KeyResult { key, versions, context, partial: false };
             }
         }
         let session_token = session.encode(self.gateway.cluster());
@@ -450,7 +603,16 @@ impl KvService for KvApi {
             self.ready(shard, &namespace, message.consistency, &session, call.deadline)
         }))
         .await?;
-        let stream = ScanStream::open(Arc::clone(&self.gateway), namespace, message, session)?;
+        let turn = Arc::clone(&self.scans).acquire_owned();
+        let permit = match tokio::time::timeout_at(call.deadline, turn).await {
+            Ok(Ok(permit)) => permit,
+            Ok(Err(_)) | Err(_) => {
+                let text = format!("{SCANS_MAX} scans are running on this node");
+                return Err(Reason::Overloaded.status(text, &[]));
+            }
+        };
+        let gateway = Arc::clone(&self.gateway);
+        let stream = ScanStream::open(gateway, namespace, message, session, permit).await?;
         Ok(Response::new(Box::pin(stream)))
     }
 
@@ -464,11 +626,12 @@ impl KvService for KvApi {
         let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
         let scope = self.gateway.scope(namespace.id);
         let expire = decode_expiration(message.expiration, scope.now)?;
-        let operation =
-            scope.put(message.key.clone(), message.value.clone(), expire, &message.context)?;
+        let (key, value) = (message.key.clone(), message.value.clone());
+        let put = scope.put(namespace.rule, key, value, expire, &message.context)?;
         let prepared = self.prepare_one(
             namespace,
-            operation,
+            &message.key,
+            Changes { operations: vec![put], ..Changes::default() },
             message.request_id,
             &message.session_token,
             message.ack_regions,
@@ -500,11 +663,11 @@ impl KvService for KvApi {
         check_key(&message.key).map_err(of_key_error)?;
         let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
         let scope = self.gateway.scope(namespace.id);
-        let operation =
-            scope.operation(message.key.clone(), Content::Tombstone, &message.context)?;
+        let deletion = Changes::deletion(&scope, namespace.rule, &message.key, &message.context)?;
         let prepared = self.prepare_one(
             namespace,
-            operation,
+            &message.key,
+            deletion,
             message.request_id,
             &message.session_token,
             message.ack_regions,
@@ -529,9 +692,39 @@ impl KvService for KvApi {
 
     async fn mutate(
         &self,
-        _: Request<pb::MutateRequest>,
+        request: Request<pb::MutateRequest>,
     ) -> Result<Response<pb::MutateResponse>, Status> {
-        Err(not_implemented("Mutate"))
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        check_key(&message.key).map_err(of_key_error)?;
+        let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
+        let scope = self.gateway.scope(namespace.id);
+        let (rule, operations) = (namespace.rule, message.operations.clone());
+        let mutations = scope.mutations(rule, &message.key, operations, &message.context)?;
+        let prepared = self.prepare_one(
+            namespace,
+            &message.key,
+            Changes { mutations, ..Changes::default() },
+            message.request_id,
+            &message.session_token,
+            message.ack_regions,
+        )?;
+        let response = self
+            .gateway
+            .on_leader(
+                &prepared.shard,
+                call,
+                || self.mutate_here(&prepared, &message, call),
+                |channel, metadata| {
+                    let message = message.clone();
+                    async move {
+                        let mut client = forward_to(channel);
+                        Ok(client.mutate(with_metadata(message, metadata)).await?.into_inner())
+                    }
+                },
+            )
+            .await?;
+        Ok(Response::new(response))
     }
 
     async fn commit(
@@ -547,7 +740,7 @@ impl KvService for KvApi {
             .on_leader(
                 &prepared.shard,
                 call,
-                || self.commit_here(&prepared, call),
+                || self.commit_here(&prepared, &message.writes, call),
                 |channel, metadata| {
                     let message = message.clone();
                     async move {

@@ -27,6 +27,7 @@ pub mod reason;
 mod region;
 mod scan;
 mod status;
+mod typed;
 mod unserved;
 
 pub use cluster::ClusterApi;

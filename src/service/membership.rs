@@ -229,7 +229,8 @@ impl RegionApi {
                         return Ok(found);
                     }
                     let (is_delete, data) = match held.content {
-                        Content::Tombstone => (true, bytes::Bytes::new()),
+                        Content::Tombstone | Content::Reset { .. } => (true, bytes::Bytes::new()),
+                        Content::Count(_) => (false, bytes::Bytes::new()),
                         Content::Value { data, .. } => (false, data),
                     };
                     bytes += key.len() + data.len();

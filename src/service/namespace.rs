@@ -126,6 +126,7 @@ impl CatalogWriter {
                 }
                 // Another creation took the number.
                 WriteOutcome::ChecksFailed(_) => {}
+                WriteOutcome::Refused(_) => return Err(catalog_is_untyped()),
             }
         }
         Err(Reason::Overloaded.status("too many namespaces are created at once", &[]))
@@ -145,6 +146,7 @@ impl CatalogWriter {
             WriteOutcome::Written(_) => Ok(namespace),
             WriteOutcome::ChecksFailed(_) => Err(Reason::EtagMismatch
                 .status(format!("namespace `{name}` was changed meanwhile"), &[])),
+            WriteOutcome::Refused(_) => Err(catalog_is_untyped()),
         }
     }
 
@@ -170,7 +172,8 @@ impl CatalogWriter {
     ) -> Result<WriteOutcome, Status> {
         let shard = self.gateway.shards().catalog_shard();
         let namespace = Arc::new(Namespace::catalog());
-        let request = WriteRequest { namespace, request: None, checks, operations };
+        let mutations = Vec::new();
+        let request = WriteRequest { namespace, request: None, checks, operations, mutations };
         let reply = shard.write(request, call.deadline).await;
         Ok(reply.map_err(|error| self.gateway.status(error))?.outcome)
     }
@@ -427,6 +430,11 @@ fn check_name(name: &str) -> Result<(), Status> {
     Ok(())
 }
 
+fn catalog_is_untyped() -> Status {
+    Reason::Internal
+        .status("a typed operation on the catalog was refused, and none was asked for", &[])
+}
+
 pub(crate) fn put(key: Bytes, data: Bytes) -> Operation {
     Operation { key, content: Content::value(data), context: None }
 }
@@ -444,7 +452,7 @@ fn live_entry(
                 .map_err(|error| of_token_error(Reason::StorageFailed, &error))?;
             Ok((namespace, sibling.dot))
         }
-        Content::Tombstone => Err(absent()),
+        Content::Tombstone | Content::Count(_) | Content::Reset { .. } => Err(absent()),
     }
 }
 
@@ -453,7 +461,7 @@ fn decode_next_id(content: &Content) -> Result<NamespaceId, Status> {
         Content::Value { data, .. } => {
             std::str::from_utf8(data).ok().and_then(|text| text.parse().ok())
         }
-        Content::Tombstone => None,
+        Content::Tombstone | Content::Count(_) | Content::Reset { .. } => None,
     };
     number
         .map(NamespaceId)
@@ -464,6 +472,12 @@ fn encode_rule(rule: Rule) -> i32 {
     match rule {
         Rule::Lww => pb::Rule::Lww.into(),
         Rule::Siblings => pb::Rule::Siblings.into(),
+        Rule::Counter => pb::Rule::Counter.into(),
+        Rule::Set => pb::Rule::Set.into(),
+        Rule::Map => pb::Rule::Map.into(),
+        Rule::Flag => pb::Rule::Flag.into(),
+        Rule::Max => pb::Rule::Max.into(),
+        Rule::Min => pb::Rule::Min.into(),
     }
 }
 
@@ -471,7 +485,12 @@ fn decode_rule(rule: i32) -> Result<Rule, Status> {
     match pb::Rule::try_from(rule) {
         Ok(pb::Rule::Unspecified | pb::Rule::Lww) => Ok(Rule::Lww),
         Ok(pb::Rule::Siblings) => Ok(Rule::Siblings),
-        Ok(other) => Err(not_implemented(&format!("the rule {}", other.as_str_name()))),
+        Ok(pb::Rule::Counter) => Ok(Rule::Counter),
+        Ok(pb::Rule::Set) => Ok(Rule::Set),
+        Ok(pb::Rule::Map) => Ok(Rule::Map),
+        Ok(pb::Rule::Flag) => Ok(Rule::Flag),
+        Ok(pb::Rule::Max) => Ok(Rule::Max),
+        Ok(pb::Rule::Min) => Ok(Rule::Min),
         Err(_) => {
             Err(Reason::RequestInvalid.status(format!("there is no rule number {rule}"), &[]))
         }

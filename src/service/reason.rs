@@ -132,6 +132,15 @@ reasons! {
     RequestIdInvalid "REQUEST_ID_INVALID" InvalidArgument Never 0
         "The request id's client is 0, or the id was used for another request."
         "Choose a random client number once, count up for each request, repeat an id only with it."
+    TypeMismatch "TYPE_MISMATCH" FailedPrecondition Never 0
+        "The operation does not fit the namespace's rule, metadata `rule`, or what a map's field is, `held`."
+        "Use an operation of that rule or field; a field can be deleted first and then be something else."
+    CounterOverflow "COUNTER_OVERFLOW" OutOfRange Never 0
+        "The counter's sum leaves, or would leave, the range of a signed 64-bit number; nothing was added."
+        "Add less. A sum that regions made at the same time can be brought back by adding a negative number."
+    TooManyElements "TOO_MANY_ELEMENTS" FailedPrecondition Never 0
+        "The value or field has more elements than one deletion takes away."
+        "Read the elements page by page and remove them, then delete what is left."
     CrossShardBatch "CROSS_SHARD_BATCH" FailedPrecondition Never 0
         "The keys of one atomic batch live in more than one shard."
         "Give keys that belong together the same hash tag, or send one batch for each shard."

@@ -1,27 +1,36 @@
 //! Scans: pages of all shards, merged into one ordered stream.
 //!
-//! Each shard is read page by page in blocking tasks; what waits is bounded by bytes. Pages are
-//! consistent, the whole scan is not a snapshot: a key that changes while it runs may be seen
-//! before or after.
+//! When a scan opens it pins every shard, and shows each as of one applied position, however long it
+//! takes; shards are pinned one after the other, so a scan over several is no snapshot of all. A thread
+//! holds the pins and reads a page when one is asked for; what waits is bounded by bytes. A scan that
+//! goes on with a page token pins anew. A caller that takes nothing for [`STALL_TIMEOUT`] loses the scan,
+//! and with it the pins, which hold old versions of the whole store.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures::Stream;
-use tokio::sync::mpsc;
+use futures::{Stream, StreamExt, future, stream};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tombolo_core::{
-    Record,
+    NamespaceId, Record, VersionVector,
+    element::{self, Element},
     key::KEY_BYTES_MAX,
     namespace::Namespace,
-    token::{SessionToken, decode_page, encode_page},
+    token::{SessionToken, decode_page, encode_context, encode_page},
+    typed::Assembly,
 };
 use tombolo_proto::v1 as pb;
 use tombolo_shard::{Shard, ShardError, end_of_prefix};
-use tombolo_storage::ScanRange;
+use tombolo_storage::{Pinned, ScanPage, ScanRange, StorageError};
 use tonic::Status;
 
-use crate::{gateway::Gateway, reason::Reason, status::of_token_error};
+use crate::{
+    gateway::Gateway,
+    reason::Reason,
+    status::of_token_error,
+    typed::{ELEMENTS_DEFAULT, data_bytes},
+};
 
 /// What one scan may hold in memory, over all shards.
 const BUFFER_BYTES_MAX: usize = 8 << 20;
@@ -30,6 +39,10 @@ const REPLY_BYTES_MAX: usize = 256 << 10;
 const REPLY_KEYS_MAX: usize = 512;
 /// Replies that wait for a slow caller.
 const REPLIES_MAX: usize = 2;
+/// How long a caller may take nothing.
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Scans of a node at once: each has a thread.
+pub(crate) const SCANS_MAX: usize = 128;
 
 /// A scan that is running. Dropping the stream stops it.
 pub(crate) struct ScanStream {
@@ -41,6 +54,20 @@ pub(crate) struct ScanStream {
     keys_only: bool,
     request_hash: u32,
     session: SessionToken,
+    /// Of a typed namespace: the key whose elements are coming.
+    open: Option<OpenKey>,
+    /// To the thread that holds the pins.
+    asks: mpsc::Sender<Ask>,
+}
+
+/// A page that is wanted of a shard.
+struct Ask {
+    /// The shard's place among all.
+    place: usize,
+    range: ScanRange,
+    keys_max: usize,
+    bytes_max: usize,
+    answer: oneshot::Sender<Result<ScanPage, StorageError>>,
 }
 
 /// One shard's part of a scan.
@@ -49,15 +76,30 @@ struct Source {
     /// Where the next page begins; `None` at the end.
     next: Option<ScanRange>,
     page: VecDeque<(Bytes, Record)>,
+    /// What was applied when it was pinned.
+    seen: VersionVector,
+}
+
+/// A typed value that is being put together.
+struct OpenKey {
+    key: Bytes,
+    assembly: Assembly,
+    elements: usize,
+    bytes: usize,
+    /// It has more elements than a scan shows.
+    partial: bool,
+    /// What its shard had applied when it was pinned.
+    seen: VersionVector,
 }
 
 impl ScanStream {
-    /// Checks the request and starts the scan.
-    pub(crate) fn open(
+    /// Checks the request and starts the scan. `permit` is given back when it ends.
+    pub(crate) async fn open(
         gateway: Arc<Gateway>,
         namespace: Arc<Namespace>,
         message: pb::ScanRequest,
         session: SessionToken,
+        permit: OwnedSemaphorePermit,
     ) -> Result<impl Stream<Item = Result<pb::ScanResponse, Status>> + Send, Status> {
         for bound in [&message.start_key, &message.end_key, &message.prefix] {
             if bound.len() > KEY_BYTES_MAX {
@@ -69,56 +111,86 @@ impl ScanStream {
         }
         let request_hash = hash_of(&message);
         let range = range_of(&message, request_hash)?;
-        let source = |shard: &Shard| Source {
-            shard: shard.clone(),
+        let range = match range {
+            Some(range) if namespace.rule.is_typed() => Some(of_elements(&range)),
+            other => other,
+        };
+        let shards: Vec<Shard> = gateway.shards().iter().cloned().collect();
+        let (asks, asked) = mpsc::channel(1);
+        let (pinned, pins) = oneshot::channel();
+        let (of, id) = (shards.clone(), namespace.id);
+        tokio::task::spawn_blocking(move || {
+            read_pinned(&of, id, pinned, asked);
+            drop(permit);
+        });
+        let seen = pins.await.map_err(|_| Reason::Internal.status("no shard was pinned", &[]))?;
+        let source = |(shard, seen): (Shard, VersionVector)| Source {
+            shard,
             next: range.clone(),
             page: VecDeque::new(),
+            seen,
         };
         let scan = Self {
-            sources: gateway.shards().iter().map(source).collect(),
+            sources: shards.into_iter().zip(seen).map(source).collect(),
+            asks,
             session,
             left: if message.limit == 0 { u64::MAX } else { message.limit },
             reverse: message.reverse,
             keys_only: message.keys_only,
             request_hash,
+            open: None,
             gateway,
             namespace,
         };
         let (replies, receiver) = mpsc::channel(REPLIES_MAX);
-        tokio::spawn(scan.run(replies));
-        Ok(ReceiverStream::new(receiver))
+        let (stalled, stall) = oneshot::channel();
+        tokio::spawn(scan.run(replies, stalled));
+        // What was ready is shown; then a scan that was cut says so, and is not taken for whole.
+        let cut = stream::once(stall).filter_map(|stalled| {
+            let text = format!(
+                "the scan was not read for {STALL_TIMEOUT:?}; go on with the last page token"
+            );
+            future::ready(stalled.ok().map(|()| Err(Reason::Deadline.status(text, &[]))))
+        });
+        Ok(ReceiverStream::new(receiver).chain(cut))
     }
 
-    async fn run(mut self, replies: mpsc::Sender<Result<pb::ScanResponse, Status>>) {
+    async fn run(
+        mut self,
+        replies: mpsc::Sender<Result<pb::ScanResponse, Status>>,
+        stalled: oneshot::Sender<()>,
+    ) {
         loop {
             // Reading may take long where there is little to show; nobody may be waiting any more.
             let reply = tokio::select! {
-                reply = self.next_reply() => reply.map_err(|error| self.gateway.status(error)),
+                reply = self.next_reply() => reply,
                 () = replies.closed() => return,
             };
             let last = reply.as_ref().map_or(true, |reply| reply.page_token.is_empty());
-            let stopped = replies.send(reply).await.is_err();
-            if last || stopped || self.left == 0 {
-                return;
+            match tokio::time::timeout(STALL_TIMEOUT, replies.send(reply)).await {
+                Ok(Ok(())) if !last && self.left > 0 => {}
+                Ok(Ok(()) | Err(_)) => return,
+                Err(_) => {
+                    // Nobody may be there to hear it.
+                    let _ = stalled.send(());
+                    return;
+                }
             }
         }
     }
 
-    async fn next_reply(&mut self) -> Result<pb::ScanResponse, ShardError> {
+    async fn next_reply(&mut self) -> Result<pb::ScanResponse, Status> {
         let mut results = Vec::new();
         let mut bytes = 0;
         while bytes < REPLY_BYTES_MAX && results.len() < REPLY_KEYS_MAX && self.left > 0 {
-            self.fill().await?;
-            let Some((key, record)) = self.pop() else { break };
-            let scope = self.gateway.scope(self.namespace.id);
-            let (versions, context) = scope.versions(&key, Some(&record), self.keys_only);
+            let Some((result, size)) = self.next_key().await? else { break };
             // It may have expired since the page was read.
-            if versions.is_empty() {
+            if result.versions.is_empty() {
                 continue;
             }
-            bytes += key.len() + context.len() + versions.iter().map(version_bytes).sum::<usize>();
+            bytes += result.key.len() + result.context.len() + size;
             self.left -= 1;
-            results.push(pb::KeyResult { key, versions, context });
+            results.push(result);
         }
         let page_token = match results.last() {
             Some(last) if !self.is_exhausted() => {
@@ -126,36 +198,94 @@ impl ScanStream {
             }
             Some(_) | None => Bytes::new(),
         };
-        // As of now, which is not before any page was read: it covers all that was shown.
-        for shard in self.gateway.shards().iter() {
-            let frontier = shard.frontier(self.namespace.id);
-            self.session.observe(self.namespace.id, shard.id(), &frontier);
+        for Source { shard, seen, .. } in &self.sources {
+            self.session.observe(self.namespace.id, shard.id(), seen);
         }
         let session_token = self.session.encode(self.gateway.cluster());
         Ok(pb::ScanResponse { results, page_token, session_token })
     }
 
+    /// The next key with its value, and about how many bytes that has.
+    async fn next_key(&mut self) -> Result<Option<(pb::KeyResult, usize)>, Status> {
+        let rule = self.namespace.rule;
+        if rule.is_typed() {
+            let next = self.next_typed().await.map_err(|error| self.gateway.status(error))?;
+            let Some(OpenKey { key, assembly, bytes, partial, seen, .. }) = next else {
+                return Ok(None);
+            };
+            let scope = self.gateway.scope(self.namespace.id);
+            let versions = scope.typed_versions(rule, assembly, self.keys_only)?;
+            let context = encode_context(scope.cluster, scope.namespace, &key, &seen);
+            return Ok(Some((pb::KeyResult { key, versions, context, partial }, bytes)));
+        }
+        self.fill().await.map_err(|error| self.gateway.status(error))?;
+        let Some(source) = self.first() else { return Ok(None) };
+        let Some((key, record)) = source.page.pop_front() else { return Ok(None) };
+        let scope = self.gateway.scope(self.namespace.id);
+        let (versions, context) = scope.versions(&key, Some(&record), self.keys_only);
+        let size = versions.iter().map(version_bytes).sum::<usize>();
+        Ok(Some((pb::KeyResult { key, versions, context, partial: false }, size)))
+    }
+
+    /// Puts the next key's elements together. Passes over those that are more than a scan shows.
+    async fn next_typed(&mut self) -> Result<Option<OpenKey>, ShardError> {
+        loop {
+            self.fill().await?;
+            let mut open = self.open.take();
+            let Some(source) = self.first() else { return Ok(open) };
+            let Some((record_key, record)) = source.page.pop_front() else { return Ok(open) };
+            let Some(element) = Element::from_key(&record_key) else {
+                self.open = open;
+                continue;
+            };
+            match &mut open {
+                Some(held) if held.key == element.key => {
+                    if held.elements < ELEMENTS_DEFAULT {
+                        held.add(&element, &record);
+                    } else {
+                        held.partial = true;
+                        source.skip(&element.key);
+                    }
+                    self.open = open;
+                }
+                _ => {
+                    let mut next = OpenKey {
+                        key: element.key.clone(),
+                        assembly: Assembly::default(),
+                        elements: 0,
+                        bytes: 0,
+                        partial: false,
+                        seen: source.seen.clone(),
+                    };
+                    next.add(&element, &record);
+                    self.open = Some(next);
+                    if open.is_some() {
+                        return Ok(open);
+                    }
+                }
+            }
+        }
+    }
+
     fn is_exhausted(&self) -> bool {
-        self.sources.iter().all(|source| source.page.is_empty() && source.next.is_none())
+        let is_done = |source: &Source| source.page.is_empty() && source.next.is_none();
+        self.open.is_none() && self.sources.iter().all(is_done)
     }
 
     /// Reads a page for every shard that has none.
     async fn fill(&mut self) -> Result<(), ShardError> {
         let bytes_max = (BUFFER_BYTES_MAX / self.sources.len()).max(16 << 10);
         let keys_max = (4096 / self.sources.len()).max(16);
-        for source in &mut self.sources {
+        for (place, source) in self.sources.iter_mut().enumerate() {
             while source.page.is_empty()
-                && let Some(range) = source.next.take()
+                && let Some(mut range) = source.next.take()
             {
-                let (shard, namespace) = (source.shard.clone(), self.namespace.id);
-                let read = tokio::task::spawn_blocking(move || {
-                    let page = shard.scan(namespace, &range, keys_max, bytes_max)?;
-                    Ok::<_, ShardError>((page, range))
-                });
-                let (page, mut range) = match read.await {
-                    Ok(page) => page?,
-                    Err(panic) => std::panic::resume_unwind(panic.into_panic()),
-                };
+                let (answer, page) = oneshot::channel();
+                let ask = Ask { place, range: range.clone(), keys_max, bytes_max, answer };
+                // The thread ends when this scan does, or by a panic, which the node reports.
+                let _ = self.asks.send(ask).await;
+                let shard = source.shard.id();
+                let page = page.await.map_err(|_| ShardError::Stopped { shard })??;
                 source.page = page.records.into();
                 source.next = page.next.map(|next| {
                     if range.reverse {
@@ -170,16 +300,63 @@ impl ScanStream {
         Ok(())
     }
 
-    /// Takes the next key of all shards. Linear in the number of shards, which is small.
-    fn pop(&mut self) -> Option<(Bytes, Record)> {
+    /// The shard that has the next key of all. Linear in the number of shards, which is small.
+    fn first(&mut self) -> Option<&mut Source> {
         let reverse = self.reverse;
-        let next = self.sources.iter_mut().filter(|source| !source.page.is_empty()).min_by(
-            |left, right| {
-                let order = left.page[0].0.cmp(&right.page[0].0);
-                if reverse { order.reverse() } else { order }
-            },
-        )?;
-        next.page.pop_front()
+        self.sources.iter_mut().filter(|source| !source.page.is_empty()).min_by(|left, right| {
+            let order = left.page[0].0.cmp(&right.page[0].0);
+            if reverse { order.reverse() } else { order }
+        })
+    }
+}
+
+impl OpenKey {
+    fn add(&mut self, element: &Element, record: &Record) {
+        self.assembly.add(element, record);
+        self.elements += 1;
+        self.bytes += data_bytes(record);
+    }
+}
+
+impl Source {
+    /// Passes over the rest of a key's elements.
+    fn skip(&mut self, key: &[u8]) {
+        let under = element::prefix(key, &[]);
+        self.page.retain(|(held, _)| !held.starts_with(&under));
+        let Some(next) = &mut self.next else { return };
+        if next.reverse {
+            let end = Bytes::from(under);
+            next.end = Some(next.end.take().map_or(end.clone(), |at| at.min(end)));
+        } else if let Some(after) = element::end_of(&under) {
+            next.start = next.start.clone().max(Bytes::from(after));
+        }
+    }
+}
+
+/// Pins all shards, tells what each has applied, and reads pages until nobody asks any more.
+fn read_pinned(
+    shards: &[Shard],
+    namespace: NamespaceId,
+    pinned: oneshot::Sender<Vec<VersionVector>>,
+    mut asked: mpsc::Receiver<Ask>,
+) {
+    let pins: Vec<Pinned<'_>> = shards.iter().map(|shard| shard.store().pin(namespace)).collect();
+    if pinned.send(pins.iter().map(|pin| pin.frontier().clone()).collect()).is_err() {
+        return;
+    }
+    while let Some(Ask { place, range, keys_max, bytes_max, answer }) = asked.blocking_recv() {
+        // Whoever asked may be gone.
+        let _ = answer.send(pins[place].scan(&range, keys_max, bytes_max));
+    }
+}
+
+/// The range of the elements of all keys in a range.
+fn of_elements(range: &ScanRange) -> ScanRange {
+    let bound = |key: &Bytes| Bytes::from(element::bound(key));
+    ScanRange {
+        start: bound(&range.start),
+        end: range.end.as_ref().map(bound),
+        reverse: range.reverse,
     }
 }
 

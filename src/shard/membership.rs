@@ -117,6 +117,7 @@ async fn write_entry(shard: &Shard, region: Region, member: Member) -> Result<()
         request: None,
         checks: Vec::new(),
         operations: vec![Operation { key, content, context: None }],
+        mutations: Vec::new(),
     };
     shard.write(request, Instant::now() + PROPOSAL_TIMEOUT).await.map(drop)
 }

@@ -5,13 +5,14 @@ use std::{collections::BTreeMap, sync::Arc};
 use bytes::Bytes;
 use tokio::time::Instant;
 use tombolo_core::{
-    Actor, Change, Command, Content, Dot, Member, MemberState, Members, NamespaceId, Outcome,
-    RegionId, RequestId, VersionVector,
+    Actor, Change, Command, Dot, Member, MemberState, Members, NamespaceId, Outcome, RegionId,
+    RequestId, VersionVector,
     command::{
         Advance, Check, Collect, Expire, FailedCheck, ForgetReviewed, Ingest, Ingested,
         LinkSetting, Merge, Merged, Operation, StartOver, Trim, Write, Written,
     },
     namespace::Namespace,
+    typed::{Mutation, Refused},
 };
 
 use crate::{
@@ -30,6 +31,8 @@ pub struct WriteRequest {
     pub checks: Vec<Check>,
     /// What to write; all keys in this shard.
     pub operations: Vec<Operation>,
+    /// What to do to typed values; all keys in this shard.
+    pub mutations: Vec<Mutation>,
 }
 
 /// What became of a write.
@@ -37,8 +40,10 @@ pub struct WriteRequest {
 pub enum WriteOutcome {
     /// Applied, now or when the same request came before.
     Written(Vec<Written>),
-    /// Nothing was written.
+    /// Nothing was written: these checks did not hold.
     ChecksFailed(Vec<FailedCheck>),
+    /// Nothing was written: a typed value does not take a mutation.
+    Refused(Refused),
 }
 
 /// A write's outcome and where it stands.
@@ -86,6 +91,7 @@ impl Shard {
             request: request.request,
             checks: request.checks,
             operations: request.operations,
+            mutations: request.mutations,
         };
         loop {
             let command = Command::Write(write.clone());
@@ -98,6 +104,7 @@ impl Shard {
                     WriteOutcome::Written(results)
                 }
                 Outcome::ChecksFailed(failed) => WriteOutcome::ChecksFailed(failed),
+                Outcome::Refused(refused) => WriteOutcome::Refused(refused),
                 Outcome::RequestReused => {
                     return Err(ShardError::RequestReused { shard: self.inner.id });
                 }
@@ -346,7 +353,10 @@ impl Shard {
     /// was executed before gets its answer all the same.
     fn check_headroom(&self, request: &WriteRequest) -> Result<(), ShardError> {
         let headroom = &self.inner.headroom;
-        let adds = || request.operations.iter().any(|it| it.content != Content::Tombstone);
+        let adds = || {
+            request.operations.iter().any(|it| it.content.is_present())
+                || request.mutations.iter().any(|it| it.action.adds())
+        };
         if !headroom.is_short() || !adds() || !self.is_leader() {
             return Ok(());
         }

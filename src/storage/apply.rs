@@ -7,7 +7,7 @@
 //! * An entry at or below the applied position is skipped: replaying is harmless.
 //! * A run is applied whole or not at all. After an error the replica must stop.
 
-use std::{cell::RefCell, collections::BTreeMap};
+use std::{cell::RefCell, collections::BTreeMap, ops::Bound};
 
 use bytes::Bytes;
 use rocksdb::{WriteBatch, WriteOptions};
@@ -149,7 +149,10 @@ impl Stored {
 fn expiring(record: &Record) -> Vec<Expiring> {
     let value = |held: &Sibling| match held.content {
         Content::Value { expire: Some(at), .. } => Some(Expiring { at, dot: held.dot }),
-        Content::Value { expire: None, .. } | Content::Tombstone => None,
+        Content::Value { expire: None, .. }
+        | Content::Tombstone
+        | Content::Count(_)
+        | Content::Reset { .. } => None,
     };
     record.siblings().iter().filter_map(value).collect()
 }
@@ -663,6 +666,40 @@ impl ShardState for Run<'_> {
         let stored = Stored::of(key, record.as_ref());
         self.last_read.replace(Some((namespace, Bytes::copy_from_slice(key), stored)));
         Ok(record)
+    }
+
+    fn elements(
+        &self,
+        namespace: NamespaceId,
+        from: &[u8],
+        to: Option<&[u8]>,
+        limit: usize,
+    ) -> Result<Vec<(Bytes, Record)>, StorageError> {
+        let is_within = |key: &Bytes| to.is_none_or(|to| key[..] < *to);
+        let touched = self.records.get(&namespace).into_iter().flat_map(|records| {
+            let from_here = records.range::<[u8], _>((Bound::Included(from), Bound::Unbounded));
+            from_here.take_while(|(key, _)| is_within(key))
+        });
+        let touched: BTreeMap<&Bytes, &Touched> = touched.collect();
+        let mut found = Vec::new();
+        if !self.started_over {
+            // As many of them may be gone as this run has touched.
+            let limit = limit.saturating_add(touched.len());
+            self.shard.each_in(namespace, from, to, limit, |key, record| {
+                let key = Bytes::copy_from_slice(key);
+                if !touched.contains_key(&key) {
+                    found.push((key, record));
+                }
+            })?;
+        }
+        for (key, touched) in touched {
+            if let Some(record) = touched.now.as_ref().filter(|record| !record.is_dead()) {
+                found.push((key.clone(), record.clone()));
+            }
+        }
+        found.sort_by(|left, right| left.0.cmp(&right.0));
+        found.truncate(limit);
+        Ok(found)
     }
 
     fn put_record(&mut self, namespace: NamespaceId, key: &Bytes, record: Record) {

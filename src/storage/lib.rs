@@ -45,7 +45,7 @@ pub use cut::Cut;
 pub use engine::{FORMAT_VERSION, Store, StoreConfig};
 pub use error::StorageError;
 pub use metrics::StoreMetrics;
-pub use read::{ScanPage, ScanRange};
+pub use read::{Pinned, ScanPage, ScanRange};
 pub use shard::{Position, ShardStore};
 pub use snapshot_block::{SnapshotBlock, SnapshotTotals};
 pub use snapshot_export::SnapshotExport;

@@ -6,8 +6,9 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use rocksdb::{DBRawIterator, ReadOptions, Snapshot};
 use tombolo_core::{
-    Dot, HybridTime, NamespaceId, Record, RegionId, RequestId,
+    Dot, HybridTime, NamespaceId, Record, RegionId, RequestId, VersionVector,
     command::Remembered,
     ledger::{LedgerEntry, LedgerId},
     record::Sibling,
@@ -76,6 +77,36 @@ impl Shard {
         decode_whole(self.id, "value for review", REVIEW_VERSION, value, Sibling::decode)
     }
 
+    /// Calls `take` with the records that have a value in a range of a namespace's keys, in order: at most
+    /// `limit`.
+    pub(crate) fn each_in(
+        &self,
+        namespace: NamespaceId,
+        from: &[u8],
+        to: Option<&[u8]>,
+        limit: usize,
+        mut take: impl FnMut(&[u8], Record),
+    ) -> Result<(), StorageError> {
+        let mut keys = Keys::new(self.id);
+        let start = keys.record(namespace, from).to_vec();
+        let end = match to {
+            Some(to) => keys.record(namespace, to).to_vec(),
+            None => keys.namespace_end(Kind::Record, namespace).to_vec(),
+        };
+        let mut pairs = self.iterate(start, end, false);
+        pairs.seek_to_first();
+        let mut taken = 0;
+        while taken < limit
+            && let Some((key, value)) = pairs.item()
+        {
+            let key = layout::user_key(key).ok_or_else(|| StorageError::key(self.id, "record"))?;
+            take(key, self.decode_record(value)?);
+            taken += 1;
+            pairs.next();
+        }
+        self.check(&pairs)
+    }
+
     /// Calls `take` with every record of every namespace, deleted ones included.
     pub(crate) fn each_record(
         &self,
@@ -101,6 +132,99 @@ impl Shard {
     pub(crate) fn decode_ledger(&self, value: &[u8]) -> Result<LedgerEntry, StorageError> {
         let entry = LedgerEntry::from_bytes(Bytes::copy_from_slice(value));
         entry.map_err(|error| StorageError::value(self.id, "ledger entry", &error))
+    }
+}
+
+impl Shard {
+    /// The keys that bound a range; `None` if there is nothing in between.
+    fn bounds(&self, namespace: NamespaceId, range: &ScanRange) -> Option<(Vec<u8>, Vec<u8>)> {
+        let mut keys = Keys::new(self.id);
+        let start = keys.record(namespace, &range.start).to_vec();
+        let end = match &range.end {
+            Some(end) => keys.record(namespace, end).to_vec(),
+            None => keys.namespace_end(Kind::Record, namespace).to_vec(),
+        };
+        (start < end).then_some((start, end))
+    }
+
+    /// Reads a page of what an iterator has.
+    fn read_page(
+        &self,
+        mut pairs: DBRawIterator<'_>,
+        reverse: bool,
+        max_keys: usize,
+        max_bytes: usize,
+    ) -> Result<ScanPage, StorageError> {
+        if reverse {
+            pairs.seek_to_last()
+        } else {
+            pairs.seek_to_first()
+        }
+        let mut page = ScanPage::default();
+        let (mut bytes, mut skipped) = (0, 0);
+        let mut last_visited = Bytes::new();
+        while let Some((key, value)) = pairs.item() {
+            let key = layout::user_key(key).ok_or_else(|| StorageError::key(self.id, "record"))?;
+            let full = max_keys.max(1) <= page.records.len()
+                || (max_bytes <= bytes && !page.records.is_empty())
+                || SKIPPED_MAX <= skipped;
+            if full {
+                let resume = if reverse { last_visited } else { Bytes::copy_from_slice(key) };
+                page.next = Some(resume);
+                return Ok(page);
+            }
+            let record = self.decode_record(value)?;
+            let is_live = !record.is_dead();
+            let key = Bytes::copy_from_slice(key);
+            if reverse {
+                last_visited = key.clone();
+            }
+            if is_live {
+                bytes += key.len() + value.len();
+                page.records.push((key, record));
+            } else {
+                skipped += 1;
+            }
+            if reverse { pairs.prev() } else { pairs.next() }
+        }
+        self.check(&pairs)?;
+        Ok(page)
+    }
+}
+
+/// The records of a namespace as of one applied position. Dropping it releases the pin: it holds old
+/// versions of the whole store, so it must not be kept when nobody reads.
+pub struct Pinned<'a> {
+    shard: &'a Shard,
+    snapshot: Snapshot<'a>,
+    namespace: NamespaceId,
+    frontier: VersionVector,
+}
+
+impl Pinned<'_> {
+    /// What was applied.
+    pub fn frontier(&self) -> &VersionVector {
+        &self.frontier
+    }
+
+    /// As [`ShardStore::scan`], of that moment.
+    ///
+    /// # Errors
+    /// If a record cannot be read.
+    pub fn scan(
+        &self,
+        range: &ScanRange,
+        max_keys: usize,
+        max_bytes: usize,
+    ) -> Result<ScanPage, StorageError> {
+        let Some((start, end)) = self.shard.bounds(self.namespace, range) else {
+            return Ok(ScanPage::default());
+        };
+        let mut options = ReadOptions::default();
+        options.set_iterate_lower_bound(start);
+        options.set_iterate_upper_bound(end);
+        let pairs = self.snapshot.raw_iterator_opt(options);
+        self.shard.read_page(pairs, range.reverse, max_keys, max_bytes)
     }
 }
 
@@ -230,51 +354,20 @@ impl ShardStore {
         max_bytes: usize,
     ) -> Result<ScanPage, StorageError> {
         let shard = &*self.inner;
-        let mut keys = Keys::new(shard.id);
-        let start = keys.record(namespace, &range.start).to_vec();
-        let end = match &range.end {
-            Some(end) => keys.record(namespace, end).to_vec(),
-            None => keys.namespace_end(Kind::Record, namespace).to_vec(),
+        let Some((start, end)) = shard.bounds(namespace, range) else {
+            return Ok(ScanPage::default());
         };
-        let mut page = ScanPage::default();
-        if end <= start {
-            return Ok(page);
-        }
-        let mut pairs = shard.iterate(start, end, true);
-        if range.reverse {
-            pairs.seek_to_last()
-        } else {
-            pairs.seek_to_first()
-        }
+        shard.read_page(shard.iterate(start, end, true), range.reverse, max_keys, max_bytes)
+    }
 
-        let (mut bytes, mut skipped) = (0, 0);
-        let mut last_visited = Bytes::new();
-        while let Some((key, value)) = pairs.item() {
-            let key = layout::user_key(key).ok_or_else(|| StorageError::key(shard.id, "record"))?;
-            let full = max_keys.max(1) <= page.records.len()
-                || (max_bytes <= bytes && !page.records.is_empty())
-                || SKIPPED_MAX <= skipped;
-            if full {
-                let resume = if range.reverse { last_visited } else { Bytes::copy_from_slice(key) };
-                page.next = Some(resume);
-                return Ok(page);
-            }
-            let record = shard.decode_record(value)?;
-            let is_live = record.is_live_at(HybridTime::ZERO);
-            let key = Bytes::copy_from_slice(key);
-            if range.reverse {
-                last_visited = key.clone();
-            }
-            if is_live {
-                bytes += key.len() + value.len();
-                page.records.push((key, record));
-            } else {
-                skipped += 1;
-            }
-            if range.reverse { pairs.prev() } else { pairs.next() }
-        }
-        shard.check(&pairs)?;
-        Ok(page)
+    /// Pins the records of a namespace as they are now, for reading page by page.
+    pub fn pin(&self, namespace: NamespaceId) -> Pinned<'_> {
+        let shard = &*self.inner;
+        // No run is applied between looking at the data and at the frontier.
+        let _applying = shard.applying.lock();
+        let snapshot = shard.engine.db.snapshot();
+        let frontier = shard.view.read().frontiers.get(&namespace).cloned().unwrap_or_default();
+        Pinned { shard, snapshot, namespace, frontier }
     }
 
     /// Ledger entries of a namespace in the order of their ids: at most `limit` after the id

@@ -130,6 +130,7 @@ pub(crate) fn write(wall: u64, operations: Vec<Operation>) -> Write {
         request: None,
         checks: Vec::new(),
         operations,
+        mutations: Vec::new(),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use futures::TryStreamExt;
 use tombolo_client::{Client, ClientConfig, Consistency, Error};
 
 use crate::support::{Cluster, PATIENCE, wait_until};
@@ -149,5 +150,38 @@ async fn without_a_majority_writes_fail_and_say_so() {
     })
     .await;
     assert_eq!(keys.get("k").deadline(PATIENCE).await.unwrap().value().unwrap().as_ref(), b"3");
+    cluster.stop().await;
+}
+
+/// Every shard is shown as of one moment, however much is written while the scan goes on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scan_shows_each_shard_as_it_was_when_it_began() {
+    let cluster = Cluster::start(&[("us", 1)], 2).await;
+    let us = cluster.client("us").await;
+    let keys = us.namespace("default");
+    // Far more than a server reads ahead.
+    let names: Vec<String> = (0..12_000).map(|number| format!("key-{number:06}")).collect();
+    let put_all = async |value: &'static str| {
+        for part in names.chunks(500) {
+            let puts = part.iter().map(|name| keys.put(name, value).into_future());
+            futures::future::try_join_all(puts).await.expect("written");
+        }
+    };
+    put_all("before").await;
+
+    let mut entries = keys.scan().stream();
+    let first = entries.try_next().await.expect("scanned").expect("an entry");
+    put_all("after").await;
+    let deletions = names.iter().step_by(10).map(|name| keys.delete(name).into_future());
+    futures::future::try_join_all(deletions).await.expect("deleted");
+    let mut shown = vec![first];
+    while let Some(entry) = entries.try_next().await.expect("scanned") {
+        shown.push(entry);
+    }
+
+    assert_eq!(shown.len(), names.len());
+    assert!(shown.iter().all(|entry| entry.value().is_some_and(|value| &value[..] == b"before")));
+    let now = keys.scan().collect().await.expect("scanned");
+    assert_eq!(now.len(), names.len() - names.len() / 10);
     cluster.stop().await;
 }

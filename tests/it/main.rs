@@ -10,3 +10,4 @@ mod regions;
 mod repair;
 mod repair_cost;
 mod support;
+mod typed;

@@ -93,6 +93,16 @@ impl ShardState for Data {
         self.memory.record(namespace, key)
     }
 
+    fn elements(
+        &self,
+        namespace: NamespaceId,
+        from: &[u8],
+        to: Option<&[u8]>,
+        limit: usize,
+    ) -> Result<Vec<(Bytes, Record)>, Infallible> {
+        self.memory.elements(namespace, from, to, limit)
+    }
+
     fn put_record(&mut self, namespace: NamespaceId, key: &Bytes, record: Record) {
         self.toggle(key, digest(key, &record));
         self.memory.put_record(namespace, key, record);

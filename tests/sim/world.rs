@@ -463,6 +463,7 @@ impl World {
             request: None,
             checks: Vec::new(),
             operations: operations.collect(),
+            mutations: Vec::new(),
         };
         self.values = values;
         self.propose(at, Command::Write(write), Waiter::Client);

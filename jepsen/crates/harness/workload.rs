@@ -175,6 +175,9 @@ pub(crate) fn encode(number: u64, bytes: usize) -> Bytes {
 pub(crate) fn decode(value: Option<&v1::Value>) -> Option<u64> {
     match value?.kind.as_ref()? {
         v1::value::Kind::Data(data) => std::str::from_utf8(data).ok()?.trim_end().parse().ok(),
-        v1::value::Kind::Counter(_) | v1::value::Kind::Set(_) | v1::value::Kind::Map(_) => None,
+        v1::value::Kind::Counter(_)
+        | v1::value::Kind::Set(_)
+        | v1::value::Kind::Map(_)
+        | v1::value::Kind::Flag(_) => None,
     }
 }

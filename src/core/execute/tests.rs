@@ -36,6 +36,7 @@ fn write(region: u16, wall: u64, operations: Vec<Operation>) -> Write {
         request: None,
         checks: Vec::new(),
         operations,
+        mutations: Vec::new(),
     }
 }
 

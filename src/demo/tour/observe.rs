@@ -156,6 +156,7 @@ mod tests {
     fn version(value: &str, seq: u64) -> Version {
         Version {
             value: Bytes::copy_from_slice(value.as_bytes()),
+            typed: None,
             dot: Dot { region: 1, incarnation: 1, seq },
             origin_region: "us".into(),
             time: HybridTime(seq),
@@ -170,6 +171,7 @@ mod tests {
             context: Bytes::new(),
             token: Bytes::new(),
             revision: None,
+            next_elements: Bytes::new(),
         }
     }
 
@@ -206,6 +208,7 @@ mod tests {
             key: Bytes::from_static(key.as_bytes()),
             versions,
             context: Bytes::new(),
+            partial: false,
         };
         let a = arrange(vec![entry("x", vec![version("1", 1), version("2", 2)])]);
         let reordered = arrange(vec![entry("x", vec![version("2", 2), version("1", 1)])]);

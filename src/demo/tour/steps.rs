@@ -52,6 +52,9 @@ pub(super) fn all() -> Vec<Step<Tour>> {
         step("cut regions take writes; last-writer-wins picks one winner everywhere", |t| {
             Box::pin(last_writer_wins(t))
         }),
+        step("a counter that cut regions add to, and one resets, is exact", |t| {
+            Box::pin(counts(t))
+        }),
         step("what is deleted while regions are cut stays deleted", |t| Box::pin(deletes(t))),
         step("a region that fell off the change log takes over what differs", |t| {
             Box::pin(repairs(t))
@@ -129,7 +132,7 @@ async fn session(tour: &mut Tour) -> anyhow::Result<String> {
 }
 
 async fn siblings(tour: &mut Tour) -> anyhow::Result<String> {
-    create_siblings_namespace(tour).await?;
+    create_namespace(tour, &tour.siblings_namespace, Rule::Siblings).await?;
     let key = tour.key("cart");
     let (home, _) = home_and_others(tour)?;
     tour.sibling_keys(home).put(&key, "empty").await?;
@@ -212,6 +215,62 @@ async fn last_writer_wins(tour: &mut Tour) -> anyhow::Result<String> {
         "both writes acknowledged within {} ms while cut; after healing {} regions show {winner:?}",
         slowest.as_millis(),
         tour.sites.len()
+    ))
+}
+
+async fn counts(tour: &mut Tour) -> anyhow::Result<String> {
+    const ADDITIONS: i64 = 50;
+    let namespace = format!("{}-counts", tour.prefix);
+    create_namespace(tour, &namespace, Rule::Counter).await?;
+    let keys = |site: &Site| site.client.namespace(namespace.clone());
+    let shows_sum = |expected: i64| {
+        let keys = &keys;
+        try_join_all(tour.sites.iter().map(move |site| {
+            eventually(PATIENCE, move || async move {
+                match keys(site).get("visits").await {
+                    Ok(got) if got.counter() == expected => Ok(()),
+                    Ok(got) => {
+                        Err(format!("{} counts {}, not {expected}", site.region, got.counter()))
+                    }
+                    Err(error) => Err(format!("reading in {}: {error}", site.region)),
+                }
+            })
+        }))
+    };
+
+    tour.demo.network().partition_all();
+    for site in &tour.sites {
+        for number in 1..=ADDITIONS {
+            let counted = keys(site).add("visits", 1).await?;
+            ensure!(
+                counted.sum == Some(number),
+                "while cut, addition {number} in {} answered {:?}",
+                site.region,
+                counted.sum
+            );
+        }
+    }
+    tour.heal();
+    let regions = i64::try_from(tour.sites.len())?;
+    shows_sum(ADDITIONS * regions).await?;
+
+    // One resets what it has seen; what the others add meanwhile stays.
+    tour.demo.network().partition_all();
+    let (home, others) = home_and_others(tour)?;
+    keys(home).delete("visits").await?;
+    for site in others {
+        keys(site).add("visits", 7).await?;
+    }
+    tour.heal();
+    shows_sum(7 * (regions - 1)).await?;
+    tour.partitions += 2;
+    tour.check_no_crash()?;
+    Ok(format!(
+        "{ADDITIONS} additions in each of {regions} cut regions make {}; after a reset in {} only what \
+         it had not seen is left, {} everywhere",
+        ADDITIONS * regions,
+        tour.sites[0].region,
+        7 * (regions - 1)
     ))
 }
 
@@ -585,13 +644,12 @@ async fn write_on_both_sides(tour: &Tour, key: &str, context: bool) -> anyhow::R
     Ok(slowest)
 }
 
-/// Creates the namespace and waits until every region knows it.
-async fn create_siblings_namespace(tour: &Tour) -> anyhow::Result<()> {
+/// Creates a namespace and waits until every region knows it.
+async fn create_namespace(tour: &Tour, name: &str, rule: Rule) -> anyhow::Result<()> {
     let (home, _) = home_and_others(tour)?;
-    let name = &tour.siblings_namespace;
     home.client
         .admin()
-        .create_namespace(name, Rule::Siblings)
+        .create_namespace(name, rule)
         .await
         .with_context(|| format!("creating namespace {name} in {}", home.region))?;
     for site in &tour.sites {

@@ -7,7 +7,12 @@ use tombolo_core::command::Condition;
 use super::*;
 use crate::testing::*;
 use proptest::prelude::*;
-use tombolo_core::{Command, command::Check, command::Write};
+use tombolo_core::{
+    Command, Rule,
+    command::{Check, Write},
+    testing::MemoryState,
+    typed::{Action, Mutation},
+};
 
 #[derive(Clone, Copy, Debug)]
 enum Disruption {
@@ -73,6 +78,69 @@ proptest! {
         }
         prop_assert_eq!(done, history.entries.len());
         drop((store, dir));
+    }
+}
+
+/// A typed operation by numbers: which, where, with what.
+fn typed_mutation((action, path, data): (u8, u8, u8)) -> Mutation {
+    let bytes = |text: String| Bytes::from(text);
+    let data_of = || bytes(format!("d{}", data % 5));
+    let action = match action % 9 {
+        0 => Action::Add(i64::from(data) - 7),
+        1 => Action::Insert(data_of()),
+        2 => Action::Remove(data_of()),
+        3 => Action::Assign(data_of()),
+        4 => Action::Enable,
+        5 => Action::Disable,
+        6 => Action::Maximum(data_of()),
+        7 => Action::Minimum(data_of()),
+        _ => Action::Clear,
+    };
+    let path = ["a", "b", "c", "d"][usize::from(path % 4)];
+    let path = vec![bytes(path.to_owned()), bytes(format!("f{}", data % 2))];
+    Mutation { key: bytes("k".to_owned()), path, action, context: None }
+}
+
+proptest! {
+    #![proptest_config(cases(40))]
+
+    #[test]
+    fn typed_values_are_the_models_however_commands_are_grouped_into_entries_and_runs(
+        runs in prop::collection::vec(
+            prop::collection::vec(
+                prop::collection::vec(prop::collection::vec((0u8..9, 0u8..4, 0u8..20), 1..4), 1..3),
+                1..3,
+            ),
+            1..10,
+        ),
+    ) {
+        let (_dir, store, shard) = fresh();
+        let mut memory = MemoryState::default();
+        let mut index = 0;
+        for (place, run) in runs.iter().enumerate() {
+            let (mut entries, mut expected) = (Vec::new(), Vec::new());
+            for commands in run {
+                index += 1;
+                let command = |mutations: &Vec<(u8, u8, u8)>| Command::Write(Write {
+                    namespace: SIBLINGS,
+                    rule: Rule::Map,
+                    mutations: mutations.iter().copied().map(typed_mutation).collect(),
+                    ..write(index, Vec::new())
+                });
+                let commands: Vec<Command> = commands.iter().map(command).collect();
+                let outcomes = commands.iter().map(|command| {
+                    let Ok(outcome) = execute(&mut memory, command);
+                    outcome
+                });
+                expected.push(outcomes.collect::<Vec<_>>());
+                entries.push(entry(index, &commands));
+            }
+            prop_assert_eq!(shard.apply(&entries).unwrap(), expected);
+            if place % 3 == 2 {
+                store.flush().unwrap();
+            }
+        }
+        prop_assert_eq!(dump(&shard), memory);
     }
 }
 

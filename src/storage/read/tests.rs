@@ -135,7 +135,7 @@ fn the_ledger_is_read_in_pages_and_by_id() {
         let Ok(_) =
             execute(&mut theirs, &Command::Learn([(REMOTE.region, member)].into_iter().collect()));
         let Ok(_) = execute(&mut theirs, &Command::Write(remote));
-        let changes = theirs.changes_above(LWW, &tombolo_core::VersionVector::new());
+        let changes = theirs.changes_above(LWW, &VersionVector::new());
         run(&shard, &[ingest(LWW, LOCAL, changes)]);
     }
     let mut after = None;

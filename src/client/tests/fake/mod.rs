@@ -245,6 +245,7 @@ impl State {
             key: key.clone(),
             versions: self.versions(&request.namespace, key, request.keys_only),
             context: Bytes::new(),
+            partial: false,
         };
         let page = |chunk: &[Bytes], last: bool| v1::ScanResponse {
             results: chunk.iter().map(result).collect(),
@@ -356,6 +357,7 @@ impl KvService for Node {
             session_token: joined(&[&body.session_token, &seen]),
             revision: Some(v1::Revision { shard: 0, term: 1, index: seq.unwrap_or(0) }),
             versions,
+            next_element_token: Bytes::new(),
         };
         finish(fault, reply).await
     }
@@ -374,6 +376,7 @@ impl KvService for Node {
                 key: key.clone(),
                 versions: state.versions(&body.namespace, key, body.keys_only),
                 context: Bytes::new(),
+                partial: false,
             };
             body.keys.iter().map(result).collect()
         };
@@ -520,7 +523,7 @@ impl KvService for Node {
                             Some(v1::value::Kind::Data(data)) => Some(data),
                             _ => None,
                         },
-                        v1::write::Action::Delete(_) => None,
+                        v1::write::Action::Delete(_) | v1::write::Action::Mutate(_) => None,
                     };
                     let dot = state.write(&body.namespace, write.key, value, None, true);
                     results.push(v1::WriteResult {
@@ -528,6 +531,7 @@ impl KvService for Node {
                         conflict: false,
                         dot: Some(dot),
                         hybrid_time: ((1_700_000_000 + dot.seq) * 1000) << 16,
+                        sum: None,
                     });
                 }
             }

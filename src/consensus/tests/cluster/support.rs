@@ -159,6 +159,7 @@ impl Cluster {
                 content: Content::value(Bytes::copy_from_slice(value)),
                 context: None,
             }],
+            mutations: Vec::new(),
         })
         .to_bytes()
     }

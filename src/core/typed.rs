@@ -1,0 +1,567 @@
+//! Typed values: what operations on counters, sets, maps, flags and extremes do, and what a reader sees.
+//!
+//! A value is a set of elements ([`crate::element`]), one record each. An operation becomes writes of
+//! single elements, with exact dots of what each replaces; those travel, merge and go like any other
+//! write, so a type needs no merge function of its own. What concurrent operations amount to:
+//!
+//! | kind | meaning |
+//! |---|---|
+//! | counter | the sum of all additions, but those that a deletion had seen |
+//! | set | an entry is in if an addition of it was not seen by a removal |
+//! | flag | on if a switching on was not seen by a switching off |
+//! | max, min | the extreme of all values, but those that a deletion had seen |
+//! | register | the latest assignment, by hybrid time and dot, that no later write had seen |
+//! | map | each field by itself; the same name with two kinds is two fields |
+//!
+//! Invariants:
+//! * A mutation is planned as a whole: what is refused has changed nothing.
+//! * A counter is exact: no addition is lost or counted twice, whatever is deleted concurrently. Each
+//!   region's share is cumulative and only that region writes it; a deletion leaves a
+//!   [`Content::Reset`] that says how much of it it had seen.
+//! * A value that is no larger than the maximum that is held changes nothing, not even if that maximum
+//!   is being deleted elsewhere.
+//!
+//! Source: sets, flags and maps as in Almeida, Shoker and Baquero, "Delta State Replicated Data Types"
+//! (2018), with the causal context of the whole shard. Why counters need resets: Baquero, Almeida and
+//! Lerche, "The Problem with Embedded CRDT Counters and a Solution" (2016).
+//!
+//! Not here: where elements lie (`tombolo-storage`), pages of them (`tombolo-service`).
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+
+use crate::{
+    codec::{DecodeError, Reader, Writer},
+    element::{self, Element, Kind, Part},
+    execute::{ShardState, Writing},
+    hlc::HybridTime,
+    id::Dot,
+    record::{Content, Count, Record, Rule, Sibling},
+    vector::VersionVector,
+};
+
+/// Most elements that one deletion takes away at once: it is one entry of the log.
+pub const CLEAR_ELEMENTS_MAX: usize = 4096;
+/// Regions, in all their lives, that add to one counter. No more exist.
+const SHARES_MAX: usize = 1024;
+
+/// One operation on a typed value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mutation {
+    /// The user's key.
+    pub key: Bytes,
+    /// Where in a map; empty outside of maps.
+    pub path: Vec<Bytes>,
+    /// What to do.
+    pub action: Action,
+    /// Replace exactly what this has seen; `None` replaces all that is there.
+    pub context: Option<VersionVector>,
+}
+
+/// What an operation does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Adds to a counter.
+    Add(i64),
+    /// Puts an entry into a set.
+    Insert(Bytes),
+    /// Takes an entry out of a set.
+    Remove(Bytes),
+    /// Assigns a register.
+    Assign(Bytes),
+    /// Switches a flag on.
+    Enable,
+    /// Switches a flag off.
+    Disable,
+    /// Raises a maximum.
+    Maximum(Bytes),
+    /// Lowers a minimum.
+    Minimum(Bytes),
+    /// Deletes all that is there: a value, a field, or all fields under it.
+    Clear,
+}
+
+impl Action {
+    /// The kind of value that it is for; `None` for any.
+    pub const fn kind(&self) -> Option<Kind> {
+        match self {
+            Self::Add(_) => Some(Kind::Counter),
+            Self::Insert(_) | Self::Remove(_) => Some(Kind::Set),
+            Self::Assign(_) => Some(Kind::Register),
+            Self::Enable | Self::Disable => Some(Kind::Flag),
+            Self::Maximum(_) => Some(Kind::Max),
+            Self::Minimum(_) => Some(Kind::Min),
+            Self::Clear => None,
+        }
+    }
+
+    /// The name in errors and output.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Add(_) => "counter_add",
+            Self::Insert(_) => "set_add",
+            Self::Remove(_) => "set_remove",
+            Self::Assign(_) => "assign",
+            Self::Enable => "enable",
+            Self::Disable => "disable",
+            Self::Maximum(_) => "maximum",
+            Self::Minimum(_) => "minimum",
+            Self::Clear => "delete",
+        }
+    }
+
+    /// Whether it adds data, and so must be refused when there is no room for any.
+    pub const fn adds(&self) -> bool {
+        match self {
+            Self::Add(_)
+            | Self::Insert(_)
+            | Self::Assign(_)
+            | Self::Enable
+            | Self::Maximum(_)
+            | Self::Minimum(_) => true,
+            Self::Remove(_) | Self::Disable | Self::Clear => false,
+        }
+    }
+}
+
+/// Whether a namespace with this rule takes the operation at such a path.
+pub fn permits(rule: Rule, path: &[Bytes], action: &Action) -> bool {
+    match (rule, Kind::of_rule(rule)) {
+        (Rule::Map, _) => !path.is_empty() || *action == Action::Clear,
+        (_, Some(kind)) => path.is_empty() && action.kind().is_none_or(|it| it == kind),
+        (_, None) => false,
+    }
+}
+
+/// Why a mutation was not made. Nothing of its command was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// Index into the write's mutations.
+    pub mutation: usize,
+    /// Why.
+    pub refusal: Refusal,
+}
+
+/// Why a mutation cannot be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The namespace's rule does not have it.
+    NotOfRule,
+    /// The sum would leave the range of a signed 64-bit number.
+    Overflow,
+    /// The field is something else; `None` for a map.
+    OtherKind(Option<Kind>),
+    /// There is more to delete than one log entry should.
+    TooManyElements,
+}
+
+/// What a mutation did.
+pub(crate) struct Mutated {
+    pub(crate) dot: Dot,
+    pub(crate) time: HybridTime,
+    pub(crate) conflict: bool,
+    /// The counter's sum after it.
+    pub(crate) sum: Option<i64>,
+}
+
+/// Plans one mutation.
+pub(crate) fn mutate<S: ShardState>(
+    writing: &mut Writing<'_, S>,
+    mutation: &Mutation,
+    time: HybridTime,
+) -> Result<Result<Mutated, Refusal>, S::Error> {
+    let rule = writing.rule();
+    if !permits(rule, &mutation.path, &mutation.action) {
+        return Ok(Err(Refusal::NotOfRule));
+    }
+    if let (Rule::Map, Some(kind)) = (rule, mutation.action.kind())
+        && let Some(refusal) = other_kind(writing, mutation, kind)?
+    {
+        return Ok(Err(refusal));
+    }
+    let whole = |kind| Part::Whole(kind);
+    let value = |data: &Bytes| Content::value(data.clone());
+    let (part, content) = match &mutation.action {
+        Action::Add(by) => return add(writing, mutation, *by, time),
+        Action::Clear => return clear(writing, mutation, time),
+        Action::Maximum(data) => {
+            return extreme(writing, mutation, Kind::Max, data, time).map(Ok);
+        }
+        Action::Minimum(data) => {
+            return extreme(writing, mutation, Kind::Min, data, time).map(Ok);
+        }
+        Action::Insert(member) => (Part::Member(member.clone()), Content::value(Bytes::new())),
+        Action::Remove(member) => (Part::Member(member.clone()), Content::Tombstone),
+        Action::Assign(data) => (whole(Kind::Register), value(data)),
+        Action::Enable => (whole(Kind::Flag), Content::value(Bytes::new())),
+        Action::Disable => (whole(Kind::Flag), Content::Tombstone),
+    };
+    let is_register = part == Part::Whole(Kind::Register);
+    let key = mutation.element(part).to_key();
+    let record = writing.record(&key)?;
+    let supersedes = record.superseded_by(mutation.context.as_ref());
+    let mut done = writing.write(record, key, content, supersedes, time);
+    done.conflict &= is_register;
+    Ok(Ok(done))
+}
+
+impl Mutation {
+    fn element(&self, part: Part) -> Element {
+        Element { key: self.key.clone(), path: self.path.clone(), part }
+    }
+
+    /// Appends the encoding.
+    pub(crate) fn encode(&self, writer: &mut Writer) {
+        writer.bytes(&self.key);
+        writer.count(self.path.len());
+        self.path.iter().for_each(|name| writer.bytes(name));
+        match &self.action {
+            Action::Add(by) => {
+                writer.u8(1);
+                writer.fixed64(by.cast_unsigned());
+            }
+            Action::Insert(data) => encode_data(2, data, writer),
+            Action::Remove(data) => encode_data(3, data, writer),
+            Action::Assign(data) => encode_data(4, data, writer),
+            Action::Enable => writer.u8(5),
+            Action::Disable => writer.u8(6),
+            Action::Maximum(data) => encode_data(7, data, writer),
+            Action::Minimum(data) => encode_data(8, data, writer),
+            Action::Clear => writer.u8(9),
+        }
+        writer.u8(u8::from(self.context.is_some()));
+        if let Some(context) = &self.context {
+            context.encode(writer);
+        }
+    }
+
+    /// Reads what [`encode`](Self::encode) wrote.
+    pub(crate) fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+        let key = reader.bytes()?;
+        let count = reader.count(1)?;
+        let path = (0..count).map(|_| reader.bytes()).collect::<Result<_, _>>()?;
+        let action = match reader.u8()? {
+            1 => Action::Add(reader.fixed64()?.cast_signed()),
+            2 => Action::Insert(reader.bytes()?),
+            3 => Action::Remove(reader.bytes()?),
+            4 => Action::Assign(reader.bytes()?),
+            5 => Action::Enable,
+            6 => Action::Disable,
+            7 => Action::Maximum(reader.bytes()?),
+            8 => Action::Minimum(reader.bytes()?),
+            9 => Action::Clear,
+            tag => return Err(reader.invalid(u64::from(tag))),
+        };
+        let context = match reader.u8()? {
+            0 => None,
+            1 => Some(VersionVector::decode(reader)?),
+            byte => return Err(reader.invalid(u64::from(byte))),
+        };
+        Ok(Self { key, path, action, context })
+    }
+
+    /// About how many bytes the encoding has.
+    pub(crate) fn bytes(&self) -> usize {
+        let data = match &self.action {
+            Action::Insert(data)
+            | Action::Remove(data)
+            | Action::Assign(data)
+            | Action::Maximum(data)
+            | Action::Minimum(data) => data.len(),
+            Action::Add(_) | Action::Enable | Action::Disable | Action::Clear => 8,
+        };
+        self.key.len() + data + self.path.iter().map(|name| name.len() + 2).sum::<usize>() + 64
+    }
+}
+
+fn encode_data(tag: u8, data: &Bytes, writer: &mut Writer) {
+    writer.u8(tag);
+    writer.bytes(data);
+}
+
+/// What stands in a map where a value of `kind` is to go, or above it.
+fn other_kind<S: ShardState>(
+    writing: &Writing<'_, S>,
+    mutation: &Mutation,
+    kind: Kind,
+) -> Result<Option<Refusal>, S::Error> {
+    let Mutation { key, path, .. } = mutation;
+    for depth in 1..path.len() {
+        // A value where there should be fields.
+        let above = element::prefix(key, &path[..depth]);
+        let values = [&above[..], &[element::FIRST_KIND]].concat();
+        if let Some((found, _)) = writing.first_element(&values, element::end_of(&above))? {
+            return Ok(Some(Refusal::OtherKind(kind_of(&found))));
+        }
+    }
+    let here = element::prefix(key, path);
+    let of_kind = element::prefix_of(key, path, kind);
+    let first = match writing.first_element(&here, Some(of_kind.clone()))? {
+        Some(found) => Some(found),
+        None => match element::end_of(&of_kind) {
+            Some(after) => writing.first_element(&after, element::end_of(&here))?,
+            None => None,
+        },
+    };
+    Ok(first.map(|(found, _)| {
+        let is_here = Element::from_key(&found).is_some_and(|it| it.path.len() == path.len());
+        Refusal::OtherKind(if is_here { kind_of(&found) } else { None })
+    }))
+}
+
+fn kind_of(key: &[u8]) -> Option<Kind> {
+    Element::from_key(key).map(|element| element.part.kind())
+}
+
+fn add<S: ShardState>(
+    writing: &mut Writing<'_, S>,
+    mutation: &Mutation,
+    by: i64,
+    time: HybridTime,
+) -> Result<Result<Mutated, Refusal>, S::Error> {
+    let shares = element::prefix_of(&mutation.key, &mutation.path, Kind::Counter);
+    let held = writing.elements(&shares, element::end_of(&shares), SHARES_MAX)?;
+    let before: i128 = held.iter().map(|(_, record)| share(record)).sum();
+    let Ok(sum) = i64::try_from(before + i128::from(by)) else {
+        return Ok(Err(Refusal::Overflow));
+    };
+    let key = mutation.element(Part::Share(writing.actor())).to_key();
+    let record = writing.record(&key)?;
+    let (count, supersedes) = match count_of(&record) {
+        Some((dot, held)) => {
+            let Some(total) = held.total.checked_add(by) else {
+                return Ok(Err(Refusal::Overflow));
+            };
+            // What was deleted of it stays noted, as far as it counts.
+            let counts = reset_of(&record, held.since).map(|(dot, _)| dot);
+            let spent = record.siblings().iter().map(|held| held.dot);
+            let spent = spent.filter(|it| *it != dot && Some(*it) != counts);
+            (Count { total, ..held }, std::iter::once(dot).chain(spent).collect())
+        }
+        None => {
+            let since = writing.next_dot().seq;
+            (Count { since, total: by }, record.superseded_by(None))
+        }
+    };
+    let mut done = writing.write(record, key, Content::Count(count), supersedes, time);
+    (done.sum, done.conflict) = (Some(sum), false);
+    Ok(Ok(done))
+}
+
+/// Raises a maximum or lowers a minimum. What is not beyond the extreme that is held writes nothing.
+fn extreme<S: ShardState>(
+    writing: &mut Writing<'_, S>,
+    mutation: &Mutation,
+    kind: Kind,
+    data: &Bytes,
+    time: HybridTime,
+) -> Result<Mutated, S::Error> {
+    let key = mutation.element(Part::Whole(kind)).to_key();
+    let record = writing.record(&key)?;
+    if let Some((held, present)) = extreme_of(&record, kind)
+        && !is_beyond(kind, data, present)
+    {
+        return Ok(Mutated { dot: held.dot, time: held.time, conflict: false, sum: None });
+    }
+    let supersedes = record.superseded_by(mutation.context.as_ref());
+    let content = Content::value(data.clone());
+    let done = writing.write(record, key, content, supersedes, time);
+    Ok(Mutated { conflict: false, ..done })
+}
+
+fn clear<S: ShardState>(
+    writing: &mut Writing<'_, S>,
+    mutation: &Mutation,
+    time: HybridTime,
+) -> Result<Result<Mutated, Refusal>, S::Error> {
+    let Mutation { key, path, context, .. } = mutation;
+    let under = element::prefix(key, path);
+    let held = writing.elements(&under, element::end_of(&under), CLEAR_ELEMENTS_MAX + 1)?;
+    if held.len() > CLEAR_ELEMENTS_MAX {
+        return Ok(Err(Refusal::TooManyElements));
+    }
+    let mut done = None;
+    for (key, record) in held {
+        let content = match count_of(&record) {
+            // A part of a sum that has grown since cannot be told from the rest: all of it stays.
+            Some((dot, _)) if context.as_ref().is_some_and(|seen| !seen.covers(dot)) => continue,
+            Some((dot, count)) => Content::Reset { count, upto: dot.seq },
+            None => Content::Tombstone,
+        };
+        let supersedes = match content {
+            Content::Reset { .. } => record.superseded_by(None),
+            _ => record.superseded_by(context.as_ref()),
+        };
+        if !supersedes.is_empty() {
+            done = Some(writing.write(record, key, content, supersedes, time));
+        }
+    }
+    if let Some(done) = done {
+        return Ok(Ok(Mutated { conflict: false, ..done }));
+    }
+    // Deleting what is not there is an event like any other.
+    let kind = Kind::of_rule(writing.rule()).unwrap_or(Kind::Register);
+    let kind = if kind == Kind::Counter { Kind::Flag } else { kind };
+    let part = if kind == Kind::Set { Part::Member(Bytes::new()) } else { Part::Whole(kind) };
+    let key = mutation.element(part).to_key();
+    let record = writing.record(&key)?;
+    Ok(Ok(writing.write(record, key, Content::Tombstone, Vec::new(), time)))
+}
+
+/// The count that a share holds, and the addition that made it so.
+fn count_of(record: &Record) -> Option<(Dot, Count)> {
+    record.siblings().iter().rev().find_map(|held| match held.content {
+        Content::Count(count) => Some((held.dot, count)),
+        Content::Value { .. } | Content::Tombstone | Content::Reset { .. } => None,
+    })
+}
+
+/// The reset that has seen most of the count that begins at `since`, and what it had seen of it.
+fn reset_of(record: &Record, since: u64) -> Option<(Dot, i64)> {
+    let resets = record.siblings().iter().filter_map(|held| match held.content {
+        Content::Reset { count, upto } if count.since == since => {
+            Some((upto, held.dot, count.total))
+        }
+        _ => None,
+    });
+    resets.max_by_key(|(upto, dot, _)| (*upto, *dot)).map(|(_, dot, total)| (dot, total))
+}
+
+/// What a share adds to its counter: the additions that no deletion had seen.
+fn share(record: &Record) -> i128 {
+    let Some((_, count)) = count_of(record) else { return 0 };
+    let seen = reset_of(record, count.since).map_or(0, |(_, total)| total);
+    i128::from(count.total) - i128::from(seen)
+}
+
+fn is_beyond(kind: Kind, data: &Bytes, present: &Bytes) -> bool {
+    match kind {
+        Kind::Min => data < present,
+        Kind::Max | Kind::Register | Kind::Counter | Kind::Set | Kind::Flag => data > present,
+    }
+}
+
+fn values(record: &Record) -> impl Iterator<Item = (&Sibling, &Bytes)> {
+    record.live_at(HybridTime::ZERO)
+}
+
+fn extreme_of(record: &Record, kind: Kind) -> Option<(&Sibling, &Bytes)> {
+    values(record).reduce(|best, it| if is_beyond(kind, it.1, best.1) { it } else { best })
+}
+
+/// A typed value, or a part of one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// A counter's sum. It may leave the range of `i64` if regions add at the same time.
+    Counter(i128),
+    /// Entries of a set, in order.
+    Set(Vec<Bytes>),
+    /// On or off.
+    Flag(bool),
+    /// The bytes of a register, maximum or minimum.
+    Data(Bytes),
+    /// Fields by name, in order. A name that different regions made different things of at the same
+    /// time is there more than once.
+    Map(Vec<(Bytes, Value)>),
+}
+
+/// Puts elements together to what a reader sees.
+#[derive(Clone, Debug, Default)]
+pub struct Assembly {
+    root: Node,
+    /// The latest write of what is shown.
+    latest: Option<(HybridTime, Dot)>,
+    /// Path of the value that is asked for: fields are shown under it.
+    depth: usize,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Node {
+    fields: BTreeMap<Bytes, Node>,
+    values: BTreeMap<Kind, Value>,
+}
+
+impl Assembly {
+    /// An assembly of what lies `depth` names deep in a value.
+    pub fn at_depth(depth: usize) -> Self {
+        Self { depth, ..Self::default() }
+    }
+
+    /// Adds an element, unless it is not visible.
+    pub fn add(&mut self, element: &Element, record: &Record) {
+        let shown = record.siblings().iter().filter(|held| held.content.is_present());
+        let Some(latest) = shown.map(|held| (held.time, held.dot)).max() else { return };
+        self.latest = self.latest.max(Some(latest));
+        let mut node = &mut self.root;
+        for name in element.path.iter().skip(self.depth) {
+            node = node.fields.entry(name.clone()).or_default();
+        }
+        let kind = element.part.kind();
+        match (&element.part, node.values.entry(kind)) {
+            (Part::Share(_), entry) => {
+                let more = share(record);
+                if let Value::Counter(sum) = entry.or_insert(Value::Counter(0)) {
+                    *sum += more;
+                }
+            }
+            (Part::Member(member), entry) => {
+                if let Value::Set(members) = entry.or_insert_with(|| Value::Set(Vec::new())) {
+                    members.push(member.clone());
+                }
+            }
+            (Part::Whole(Kind::Flag), entry) => {
+                entry.or_insert(Value::Flag(true));
+            }
+            (Part::Whole(kind), entry) => {
+                let data = match kind {
+                    Kind::Max | Kind::Min => extreme_of(record, *kind),
+                    _ => values(record).max_by_key(|(held, _)| (held.time, held.dot)),
+                };
+                if let Some((_, data)) = data {
+                    entry.or_insert_with(|| Value::Data(data.clone()));
+                }
+            }
+        }
+    }
+
+    /// Whether nothing was added that a reader sees.
+    pub fn is_empty(&self) -> bool {
+        self.latest.is_none()
+    }
+
+    /// The time and dot of the latest write that is shown.
+    pub fn latest(&self) -> Option<(HybridTime, Dot)> {
+        self.latest
+    }
+
+    /// What a reader sees, if anything: of a namespace whose values are of one kind that value, of maps
+    /// the fields, and at the path of a field what is there. More than one where regions made different
+    /// things of a field at the same time.
+    pub fn finish(self) -> Vec<Value> {
+        self.root.values()
+    }
+}
+
+impl Node {
+    fn values(self) -> Vec<Value> {
+        let mut fields = Vec::new();
+        for (name, node) in self.fields {
+            fields.extend(node.values().into_iter().map(|value| (name.clone(), value)));
+        }
+        let mut values: Vec<Value> = self.values.into_values().collect();
+        for value in &mut values {
+            // They may have been added from the last to the first.
+            if let Value::Set(members) = value {
+                members.sort_unstable();
+            }
+        }
+        if !fields.is_empty() {
+            values.push(Value::Map(fields));
+        }
+        values
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

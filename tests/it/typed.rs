@@ -1,0 +1,210 @@
+//! Counters, sets, maps, flags and extremes on real nodes.
+
+use std::collections::BTreeSet;
+
+use tombolo_client::{Client, Code, Operations, Value, proto};
+
+use crate::support::{Cluster, wait_until};
+
+async fn create(client: &Client, name: &str, rule: proto::Rule) {
+    client.admin().create_namespace(name, rule).await.expect("created");
+}
+
+/// Waits until a namespace that was created elsewhere is known.
+async fn wait_known(client: &Client, name: &str) {
+    wait_until("the namespace is known", async || client.namespace(name).get("none").await.is_ok())
+        .await;
+}
+
+async fn count(client: &Client, key: &str) -> i64 {
+    client.namespace("hits").get(key).await.map_or(i64::MIN, |got| got.counter())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_counter_added_to_in_three_regions_while_they_are_apart_is_exact() {
+    let cluster = Cluster::start(&[("us", 1), ("eu", 1), ("ap", 1)], 2).await;
+    let names = ["us", "eu", "ap"];
+    let us = cluster.client("us").await;
+    create(&us, "hits", proto::Rule::Counter).await;
+    for name in names {
+        wait_known(&cluster.client(name).await, "hits").await;
+    }
+    for name in names {
+        let client = cluster.client(name).await;
+        for other in names.into_iter().filter(|other| *other != name) {
+            client.admin().pause_link(other).await.expect("paused");
+        }
+    }
+    for name in names {
+        let client = cluster.client(name).await;
+        for number in 1..=100 {
+            let counted = client.namespace("hits").add("page", 1).await.expect("counted");
+            assert_eq!(counted.sum, Some(number), "nothing comes from elsewhere");
+        }
+    }
+    for name in names {
+        let client = cluster.client(name).await;
+        for other in names.into_iter().filter(|other| *other != name) {
+            client.admin().resume_link(other).await.expect("resumed");
+        }
+    }
+    for name in names {
+        let client = cluster.client(name).await;
+        wait_until("all additions are here", async || count(&client, "page").await == 300).await;
+    }
+    let us = cluster.client("us").await;
+    assert_eq!(us.namespace("hits").add("page", -50).await.unwrap().sum, Some(250));
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_set_is_read_page_by_page_and_shown_in_part_by_a_scan() {
+    let cluster = Cluster::start(&[("us", 1)], 2).await;
+    let us = cluster.client("us").await;
+    create(&us, "tags", proto::Rule::Set).await;
+    let tags = us.namespace("tags");
+    let all: BTreeSet<String> = (0..4500).map(|number| format!("tag-{number:05}")).collect();
+    for part in all.iter().cloned().collect::<Vec<_>>().chunks(1000) {
+        tags.mutate("big", Operations::new().insert_all(part)).await.expect("inserted");
+    }
+    for key in ["a", "z"] {
+        tags.mutate(key, Operations::new().insert("only")).await.expect("inserted");
+    }
+
+    let mut read = Vec::new();
+    let mut next = bytes::Bytes::new();
+    loop {
+        let page = tags.get("big").elements_max(700).elements_from(next).await.expect("read");
+        assert!(page.elements().len() <= 700);
+        read.extend(page.elements().iter().map(|it| String::from_utf8(it.to_vec()).unwrap()));
+        next = page.next_elements;
+        if next.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(read, all.into_iter().collect::<Vec<_>>());
+
+    let some = tags.get("big").only_elements(["tag-00007", "none"]).await.expect("read");
+    assert_eq!(some.elements(), ["tag-00007"]);
+
+    for reverse in [false, true] {
+        let scan = tags.scan();
+        let scan = if reverse { scan.reverse() } else { scan };
+        let mut entries = scan.collect().await.expect("scanned");
+        if reverse {
+            entries.reverse();
+        }
+        let keys: Vec<&[u8]> = entries.iter().map(|entry| &entry.key[..]).collect();
+        assert_eq!(keys, [b"a".as_slice(), b"big", b"z"]);
+        let partial: Vec<bool> = entries.iter().map(|entry| entry.partial).collect();
+        assert_eq!(partial, [false, true, false]);
+    }
+    let after = tags.scan().range("aa".."zz").limit(1).collect().await.expect("scanned");
+    assert_eq!(after[0].key, "big");
+
+    let refused = tags.delete("big").await.expect_err("so many do not go at once");
+    assert_eq!(refused.reason(), Some("TOO_MANY_ELEMENTS"));
+    let some = (0..1000).map(|number| format!("tag-{number:05}"));
+    tags.mutate("big", Operations::new().remove_all(some)).await.expect("removed");
+    tags.delete("big").await.expect("deleted");
+    assert!(tags.get("big").await.expect("read").versions.is_empty());
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_map_merges_field_by_field_and_refuses_what_does_not_fit() {
+    let cluster = Cluster::start(&[("us", 1), ("eu", 1)], 1).await;
+    let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
+    create(&us, "profiles", proto::Rule::Map).await;
+    wait_known(&eu, "profiles").await;
+    let (us, eu) = (us.namespace("profiles"), eu.namespace("profiles"));
+    let address = Operations::new().field(["address", "city"]).assign("Oslo");
+    us.mutate("ada", address.field(["visits"]).add(2)).await.expect("mutated");
+    eu.mutate("ada", Operations::new().field(["visits"]).add(3).field(["vip"]).enable())
+        .await
+        .expect("mutated");
+
+    let visits = |value: &Value| value.field(&["visits"]).and_then(Value::as_counter);
+    for keys in [&us, &eu] {
+        wait_until("both regions' visits are here", async || {
+            keys.get("ada").await.is_ok_and(|got| got.typed().and_then(visits) == Some(5))
+        })
+        .await;
+    }
+    let got = eu.get("ada").await.expect("read");
+    let city = got.typed().and_then(|it| it.field(&["address", "city"])).and_then(Value::as_data);
+    assert_eq!(city.map(|data| &data[..]), Some(&b"Oslo"[..]));
+    let only = eu.get("ada").field(["visits"]).await.expect("read");
+    assert_eq!(only.counter(), 5);
+
+    let wrong = us.mutate("ada", Operations::new().field(["visits"]).assign("many")).await;
+    let wrong = wrong.expect_err("a counter is not assigned");
+    assert_eq!((wrong.code(), wrong.reason()), (Code::FailedPrecondition, Some("TYPE_MISMATCH")));
+    assert!(wrong.to_string().contains("counter"), "{wrong}");
+    let wrong = us.put("ada", "bytes").await.expect_err("a map is not put");
+    assert_eq!(wrong.reason(), Some("TYPE_MISMATCH"));
+    let wrong = us.mutate("ada", Operations::new().add(1)).await.expect_err("no field");
+    assert_eq!(wrong.reason(), Some("TYPE_MISMATCH"));
+
+    // A commit of mutations is whole, and its checks see the value.
+    let commit = us.commit().check_absent("ada").mutate("ada", Operations::new().delete());
+    assert!(!commit.await.expect("checked").committed);
+    let commit = us.commit().check_present("ada");
+    let commit = commit.mutate("ada", Operations::new().field(["visits"]).add(1));
+    let committed = commit.await.expect("committed");
+    assert_eq!(committed.results[0].sum, Some(6));
+    us.delete("ada").await.expect("deleted");
+    assert!(us.get("ada").await.expect("read").versions.is_empty());
+    wait_until("it is deleted everywhere", async || {
+        eu.get("ada").await.is_ok_and(|got| got.versions.is_empty())
+    })
+    .await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_retried_addition_counts_once_and_answers_the_first_sum() {
+    let cluster = Cluster::start(&[("us", 3)], 1).await;
+    let us = cluster.client("us").await;
+    create(&us, "hits", proto::Rule::Counter).await;
+    let hits = us.namespace("hits");
+    let id = proto::RequestId { client: 77, number: 1 };
+    let first = hits.add("page", 5).request_id(id).await.expect("counted");
+    hits.add("page", 1).await.expect("counted");
+    let again = hits.add("page", 5).request_id(id).await.expect("answered");
+    assert_eq!((again.dot, again.sum), (first.dot, Some(5)));
+    assert_eq!(count(&us, "page").await, 6);
+
+    hits.add("page", i64::MAX - 6).await.expect("counted");
+    let over = hits.add("page", 1).await.expect_err("beyond 64 bits");
+    assert_eq!((over.code(), over.reason()), (Code::OutOfRange, Some("COUNTER_OVERFLOW")));
+    assert_eq!(count(&us, "page").await, i64::MAX);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn flags_and_extremes_are_what_their_rules_say() {
+    let cluster = Cluster::start(&[("us", 1)], 1).await;
+    let us = cluster.client("us").await;
+    create(&us, "flags", proto::Rule::Flag).await;
+    create(&us, "highs", proto::Rule::Max).await;
+    create(&us, "lows", proto::Rule::Min).await;
+    let flags = us.namespace("flags");
+    flags.mutate("f", Operations::new().enable()).await.expect("enabled");
+    assert_eq!(flags.get("f").await.unwrap().typed(), Some(&Value::Flag(true)));
+    flags.mutate("f", Operations::new().disable()).await.expect("disabled");
+    assert!(flags.get("f").await.unwrap().versions.is_empty());
+    for (name, expected) in [("highs", "c"), ("lows", "a")] {
+        let keys = us.namespace(name);
+        for value in ["b", "a", "c"] {
+            let up = Operations::new();
+            let up = if name == "highs" { up.maximum(value) } else { up.minimum(value) };
+            keys.mutate("k", up).await.expect("mutated");
+        }
+        let got = keys.get("k").await.expect("read");
+        assert_eq!(got.value().map(|value| &value[..]), Some(expected.as_bytes()));
+    }
+    let batch = us.namespace("highs").batch_get(["k", "none"]).await.expect("read");
+    assert_eq!((batch[0].versions.len(), batch[1].versions.len()), (1, 0));
+    cluster.stop().await;
+}
