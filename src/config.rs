@@ -57,6 +57,7 @@ pub struct Config {
     pub raft_log: RaftLog,
     pub storage: Storage,
     pub replication: Replication,
+    pub ledger: Ledger,
     pub limits: Limits,
     pub drain: Drain,
     pub log: Log,
@@ -191,6 +192,16 @@ pub struct Replication {
     pub repair_interval: Duration,
     /// What a repair takes from another region at most, per shard.
     pub repair_bytes_per_second: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ledger {
+    /// How long a conflict is kept for people to look at, from when this region noted it.
+    #[serde(with = "humantime_serde")]
+    pub retention: Duration,
+    /// Conflicts kept, per namespace and shard; above, the oldest go early.
+    pub bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

@@ -287,6 +287,18 @@ pub const KEYS: &[Key] = &[
         "33554432",
         "What a repair takes from another region at most, per shard.",
     ),
+    key(
+        "ledger.retention",
+        millis(1000, 10 * 365 * 24 * HOUR_MS),
+        "\"7days\"",
+        "How long a conflict is kept to be looked at, from when this region noted it.",
+    ),
+    key(
+        "ledger.bytes",
+        bytes(KIB, 1024 * TIB),
+        "67108864",
+        "Conflicts kept, per namespace and shard; above, the oldest go early.",
+    ),
     key("limits.max_value_bytes", bytes(1, 64 * MIB), "1048576", "Largest value of a key."),
     key(
         "limits.max_message_bytes",

@@ -322,6 +322,8 @@ fn replication_config(config: &Config) -> ReplicationConfig {
 fn collect_config(config: &Config) -> CollectConfig {
     CollectConfig {
         change_log_bytes: config.replication.change_log_bytes,
+        ledger_retention: config.ledger.retention,
+        ledger_bytes: config.ledger.bytes,
         ..CollectConfig::default()
     }
 }
@@ -364,6 +366,7 @@ impl Node {
         let (stop_streams, stop_ports) = (CancellationToken::new(), CancellationToken::new());
         let tasks = TaskTracker::new();
 
+        let collector = Collector::new(shards.clone(), collect_config(config));
         let scrubber = Scrubber::new(shards.clone(), config.storage.scrub_interval);
         let links = Links::new(shards.clone(), replication_config(config));
         let (statuses, link_channels) = (links.statuses(), links.channels());
@@ -377,6 +380,7 @@ impl Node {
             links: Arc::clone(&statuses),
             headroom: Arc::clone(&headroom),
             scrubbed: scrubber.counts(),
+            collected: collector.counts(),
             segment_bytes: config.raft_log.segment_bytes,
         };
         metrics.on_scrape(Box::new(move |metrics| sources.refresh(metrics)));
@@ -430,7 +434,7 @@ impl Node {
             .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
             .add_service(KvApi::new(Arc::clone(&gateway)).into_service(message_bytes_max))
             .add_service(WatchApi.into_service())
-            .add_service(ConflictApi.into_service())
+            .add_service(ConflictApi::new(Arc::clone(&gateway)).into_service(message_bytes_max))
             .add_service(ClusterApi::new(Arc::clone(&gateway), Arc::clone(&checks)).into_service())
             .add_service(RegionApi::new(Arc::clone(&gateway), statuses, comparer).into_service())
             .add_service(NamespaceApi::new(Arc::clone(&gateway), link_channels).into_service())
@@ -452,9 +456,7 @@ impl Node {
         });
 
         tasks.spawn(links.run(stop_streams.clone()));
-        tasks.spawn(
-            Collector::new(shards.clone(), collect_config(config)).run(stop_streams.clone()),
-        );
+        tasks.spawn(collector.run(stop_streams.clone()));
         tasks.spawn(follow_regions(shards.clone(), stop_streams.clone()));
         let stop = stop_streams.clone();
         tasks.spawn(async move { shards.follow_catalog(stop).await });

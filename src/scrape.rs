@@ -1,15 +1,15 @@
 //! Refreshes the metrics' gauges when they are scraped, from the parts' plain numbers.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tombolo_consensus::Consensus;
 use tombolo_raftlog::RaftLog;
 use tombolo_replication::{LinkPhase, LinkStatuses, Traffic};
 use tombolo_service::{
     lag_of,
-    metrics::{LinkNumbers, Metrics, RaftLogNumbers, RaftNumbers, RocksNumbers},
+    metrics::{LedgerNumbers, LinkNumbers, Metrics, RaftLogNumbers, RaftNumbers, RocksNumbers},
 };
-use tombolo_shard::{Headroom, ScrubCounts, Shards};
+use tombolo_shard::{CollectCounts, Headroom, ScrubCounts, Shards};
 use tombolo_storage::Store;
 
 /// What the numbers are read from.
@@ -21,6 +21,7 @@ pub(crate) struct Sources {
     pub(crate) links: Arc<LinkStatuses>,
     pub(crate) headroom: Arc<Headroom>,
     pub(crate) scrubbed: Arc<ScrubCounts>,
+    pub(crate) collected: Arc<CollectCounts>,
     pub(crate) segment_bytes: u64,
 }
 
@@ -46,6 +47,7 @@ impl Sources {
         let led = self.shards.iter().filter(|shard| shard.is_leader());
         let tombstones = led.flat_map(|shard| shard.store().tombstone_counts().into_values()).sum();
         metrics.set_tombstones(tombstones);
+        self.refresh_ledger(metrics);
         metrics.set_disk(self.headroom.free_bytes(), self.headroom.is_short());
         let log = self.log.metrics();
         metrics.set_raft_log(&RaftLogNumbers {
@@ -66,6 +68,30 @@ impl Sources {
             }),
             Err(error) => tracing::warn!(%error, "the data store's numbers cannot be read"),
         }
+    }
+
+    fn refresh_ledger(&self, metrics: &Metrics) {
+        let mut numbers = LedgerNumbers {
+            forgotten_for_age: self.collected.conflicts_aged(),
+            forgotten_for_size: self.collected.conflicts_over_budget(),
+            ..LedgerNumbers::default()
+        };
+        let now_ms = self.shards.clock().now().physical_ms();
+        for shard in self.shards.iter().filter(|shard| shard.is_leader()) {
+            for (namespace, size) in shard.store().ledger_sizes() {
+                numbers.entries += size.entries;
+                numbers.bytes += size.bytes;
+                match shard.store().oldest_conflict(namespace) {
+                    Ok(oldest) => {
+                        let noted_ms = oldest.map_or(now_ms, |noted| noted.physical_ms());
+                        let age = Duration::from_millis(now_ms.saturating_sub(noted_ms));
+                        numbers.oldest_seconds = numbers.oldest_seconds.max(age.as_secs_f64());
+                    }
+                    Err(error) => tracing::warn!(%error, "the ledger cannot be read"),
+                }
+            }
+        }
+        metrics.set_ledger(&numbers);
     }
 
     fn refresh_links(&self, metrics: &Metrics) {

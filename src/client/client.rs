@@ -6,6 +6,7 @@
 
 use crate::admin::Admin;
 use crate::config::ClientConfig;
+use crate::conflicts::Conflicts;
 use crate::error::{Detail, Error, Result};
 use crate::keyspace::Keyspace;
 use crate::retry::{Backoff, Judgement, Safety, Verdict, judge};
@@ -85,6 +86,11 @@ impl Client {
     /// As any read.
     pub async fn cluster(&self) -> Result<v1::GetClusterResponse> {
         self.admin().cluster().await
+    }
+
+    /// The conflicts of one namespace. Does not check that it exists.
+    pub fn conflicts(&self, namespace: impl Into<String>) -> Conflicts {
+        Conflicts::new(self.clone(), namespace.into())
     }
 
     /// Namespaces, nodes, shards, regions and links.

@@ -23,12 +23,14 @@
 //! * Nothing a server answers makes the client panic.
 //!
 //! Map: `client` the loop of a call, `router` where it goes, `retry` what is tried again,
-//! `keyspace` `mutate` `commit` `scan` `admin` the calls, `session` tokens, `types` and `error` the answers.
+//! `keyspace` `mutate` `commit` `scan` `conflicts` `admin` the calls, `session` tokens, `types` and
+//! `error` the answers.
 
 mod admin;
 mod client;
 mod commit;
 mod config;
+mod conflicts;
 mod error;
 mod keyspace;
 mod mutate;
@@ -42,6 +44,7 @@ pub use admin::Admin;
 pub use client::Client;
 pub use commit::{Commit, Committed, FailedCheck, WriteResult};
 pub use config::ClientConfig;
+pub use conflicts::{ConflictFilter, ConflictList, Conflicts, Resolution};
 pub use error::{Detail, Error, Result};
 pub use keyspace::{BatchGet, Delete, Get, Keyspace, Put};
 pub use mutate::{Mutate, Mutated, OperationResult, Operations};

@@ -34,6 +34,11 @@ const REFRESH_INTERVAL: Duration = Duration::from_millis(100);
 const AVOID: Duration = Duration::from_secs(1);
 /// After the first answer to a refresh, others have this long to show a newer term.
 const REFRESH_LINGER: Duration = Duration::from_millis(20);
+/// What a stream may hold that its caller has not read yet; bounds its memory.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+/// The most that the protocol allows: streams that nobody reads must never fill the window of their
+/// connection, because then no other call on it would get an answer.
+const CONNECTION_WINDOW_BYTES: u32 = i32::MAX as u32;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -321,7 +326,8 @@ impl Router {
         Ok(endpoint
             .connect_timeout(self.config.connect_timeout)
             .tcp_nodelay(true)
-            .http2_adaptive_window(true)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
             .keep_alive_while_idle(true))

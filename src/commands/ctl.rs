@@ -2,6 +2,7 @@
 //!
 //! Everything is as the contacted region sees it. Not here: what a node decides by itself.
 
+use crate::conflict::{ConflictCommand, conflict};
 use crate::connection::Connection;
 use crate::exit::{Exit, Failure};
 use crate::io::Io;
@@ -52,6 +53,9 @@ pub enum CtlCommand {
     /// Links over which the region pulls changes from others
     #[command(subcommand)]
     Link(LinkCommand),
+    /// Values that were dropped, keys that hold several, and settling both
+    #[command(subcommand)]
+    Conflict(ConflictCommand),
     /// Namespaces
     #[command(subcommand)]
     Namespace(NamespaceCommand),
@@ -152,6 +156,7 @@ impl Ctl {
     pub(crate) fn connection(&self) -> &Connection {
         match &self.command {
             CtlCommand::Region(command) => command.connection(),
+            CtlCommand::Conflict(command) => command.connection(),
             CtlCommand::Status { connection, .. }
             | CtlCommand::Link(
                 LinkCommand::List { connection, .. }
@@ -182,6 +187,7 @@ pub(crate) async fn ctl(args: &Ctl, io: &mut Io) -> Result<Exit, Failure> {
             if *fail && !status.is_healthy() { Err(Failure::Unhealthy) } else { Ok(Exit::Ok) }
         }
         CtlCommand::Region(command) => region(command, io).await,
+        CtlCommand::Conflict(command) => conflict(command, io).await,
         CtlCommand::Verify(args) => verify(args, io).await,
         CtlCommand::Repair(args) => repair(args, io).await,
         CtlCommand::AtRisk(args) => at_risk(args, io).await,

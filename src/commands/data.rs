@@ -203,7 +203,11 @@ struct WrittenJson {
     revision: Option<RevisionJson>,
 }
 
-fn print_written(written: &Written, format: Format, io: &mut Io) -> Result<Exit, Failure> {
+pub(crate) fn print_written(
+    written: &Written,
+    format: Format,
+    io: &mut Io,
+) -> Result<Exit, Failure> {
     match format {
         Format::Json | Format::Jsonl => {
             let reply = WrittenJson {

@@ -11,6 +11,7 @@
 //! Not here: `server`, `demo` and `bench`, and how calls reach a leader (`tombolo-client`).
 
 mod commit;
+mod conflict;
 mod connection;
 mod ctl;
 mod data;
@@ -30,6 +31,7 @@ mod status;
 mod verify;
 
 pub use commit::Commit;
+pub use conflict::ConflictCommand;
 pub use connection::Connection;
 pub use ctl::{Ctl, CtlCommand, LinkCommand, NamespaceCommand, Rule};
 pub use data::{Delete, Get, Put, Scan};

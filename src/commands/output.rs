@@ -14,7 +14,7 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 use std::io::Write;
 use std::time::{Duration, SystemTime};
-use tombolo_client::{Dot, HybridTime, Revision, Value, Version};
+use tombolo_client::{Dot, HybridTime, Revision, Value, Version, proto as v1};
 
 /// Padded in output, either way in input.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
@@ -197,6 +197,23 @@ pub(crate) fn versions_json(versions: &[Version], keys_only: bool) -> Vec<Versio
         expire_time: it.expire_time.map(|at| humantime::format_rfc3339_millis(at).to_string()),
     };
     versions.iter().map(version).collect()
+}
+
+/// A version as it came: without a value where the message has none, or none that is plain bytes.
+pub(crate) fn version_json(it: &v1::Version) -> VersionJson {
+    let value = match it.value.as_ref().and_then(|value| value.kind.as_ref()) {
+        Some(v1::value::Kind::Data(data)) => Some(ValueJson::Data(base64(data))),
+        Some(_) | None => None,
+    };
+    let expire = it.expire_time.and_then(|time| SystemTime::try_from(time).ok());
+    VersionJson {
+        dot: Dot::from(it.dot.unwrap_or_default()).into(),
+        value,
+        origin_region: it.origin_region.clone(),
+        write_time: show_time(HybridTime(it.hybrid_time)),
+        hybrid_time: it.hybrid_time.to_string(),
+        expire_time: expire.map(|at| humantime::format_rfc3339_millis(at).to_string()),
+    }
 }
 
 /// The wall-clock part, in UTC.

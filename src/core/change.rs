@@ -36,9 +36,9 @@ pub struct Change {
     pub deltas: Vec<Delta>,
 }
 
-const CHANGE_VERSION: u8 = 1;
+const CHANGE_VERSION: u8 = 3;
 /// The same with `ahead_by` after the dependencies; only written where it is not empty.
-const CHANGE_AHEAD_VERSION: u8 = 2;
+const CHANGE_AHEAD_VERSION: u8 = 4;
 
 impl Change {
     /// The dot of the last delta.
@@ -79,10 +79,8 @@ impl Change {
             writer.bytes(&delta.key);
             writer.fixed64(delta.sibling.time.to_bits());
             delta.sibling.content.encode(&mut writer);
-            writer.count(delta.supersedes.len());
-            for &dot in &delta.supersedes {
-                encode_dot(dot, &mut writer);
-            }
+            encode_dots(&delta.supersedes, &mut writer);
+            encode_dots(&delta.pushed_out, &mut writer);
         }
         writer.finish()
     }
@@ -106,7 +104,7 @@ impl Change {
         if is_ahead == ahead_by.is_empty() {
             return Err(reader.invalid(0));
         }
-        let count = reader.count(11)?;
+        let count = reader.count(12)?;
         if count == 0 || first_seq == 0 || first_seq.checked_add(count as u64).is_none() {
             return Err(reader.invalid(first_seq));
         }
@@ -124,9 +122,19 @@ fn decode_delta(reader: &mut Reader, dot: Dot) -> Result<Delta, DecodeError> {
     let key = reader.bytes()?;
     let time = HybridTime::from_bits(reader.fixed64()?);
     let content = Content::decode(reader)?;
+    let supersedes = decode_dots(reader)?;
+    let pushed_out = decode_dots(reader)?;
+    Ok(Delta { key, sibling: Sibling { dot, time, content }, supersedes, pushed_out })
+}
+
+fn encode_dots(dots: &[Dot], writer: &mut Writer) {
+    writer.count(dots.len());
+    dots.iter().for_each(|&dot| encode_dot(dot, writer));
+}
+
+fn decode_dots(reader: &mut Reader) -> Result<Vec<Dot>, DecodeError> {
     let count = reader.count(3)?;
-    let supersedes = (0..count).map(|_| decode_dot(reader)).collect::<Result<_, _>>()?;
-    Ok(Delta { key, sibling: Sibling { dot, time, content }, supersedes })
+    (0..count).map(|_| decode_dot(reader)).collect()
 }
 
 #[cfg(test)]
@@ -158,23 +166,24 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn any_change() -> impl Strategy<Value = Change> {
-        let dot = (any_actor(), 1u64..99).prop_map(|(actor, seq)| Dot { actor, seq });
+        let dot = || (any_actor(), 1u64..99).prop_map(|(actor, seq)| Dot { actor, seq });
         let delta = (
             prop::collection::vec(any::<u8>(), 1..20),
             any::<u64>(),
             any_content(),
-            prop::collection::vec(dot, 0..3),
+            prop::collection::vec(dot(), 0..3),
+            prop::collection::vec(dot(), 0..2),
         );
         let deltas = prop::collection::vec(delta, 1..5);
         let ahead_by = prop_oneof![Just(VersionVector::new()), any_vector()];
         (any_actor(), 1u64..1 << 40, any_vector(), ahead_by, deltas).prop_map(
             |(actor, first_seq, depends_on, ahead_by, deltas)| {
-                let deltas =
-                    (first_seq..).zip(deltas).map(|(seq, (key, time, content, supersedes))| {
-                        let dot = Dot { actor, seq };
-                        let sibling = Sibling { dot, time: HybridTime::from_bits(time), content };
-                        Delta { key: key.into(), sibling, supersedes }
-                    });
+                let deltas = (first_seq..).zip(deltas).map(|(seq, delta)| {
+                    let (key, time, content, supersedes, pushed_out) = delta;
+                    let dot = Dot { actor, seq };
+                    let sibling = Sibling { dot, time: HybridTime::from_bits(time), content };
+                    Delta { key: key.into(), sibling, supersedes, pushed_out }
+                });
                 Change { actor, first_seq, depends_on, ahead_by, deltas: deltas.collect() }
             },
         )

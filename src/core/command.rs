@@ -14,7 +14,7 @@ use crate::{
     codec::{DecodeError, Reader, Writer},
     hlc::HybridTime,
     id::{Actor, Dot, NamespaceId, RegionId, RequestId},
-    ledger::LedgerEntry,
+    ledger::{LedgerEntry, LedgerId, Noted},
     members::{Member, Members},
     record::{Content, Record, Rule},
     repair::{Offer, Trust},
@@ -49,6 +49,8 @@ pub enum Command {
     StartOver(StartOver),
     /// Forget writes that were kept for review.
     ForgetReviewed(ForgetReviewed),
+    /// Forget entries of the ledger.
+    ForgetConflicts(ForgetConflicts),
 }
 
 /// A client's write: checks and operations, all or nothing.
@@ -92,6 +94,8 @@ pub enum Condition {
     DotEquals(Dot),
     /// Exactly one live value, with these bytes.
     DataEquals(Bytes),
+    /// Nothing was ever written to the key that this has not seen.
+    ContextCurrent(VersionVector),
 }
 
 impl Condition {
@@ -108,6 +112,9 @@ impl Condition {
             Self::DataEquals(data) => {
                 second.is_none() && first.is_some_and(|(_, held)| held == data)
             }
+            Self::ContextCurrent(context) => {
+                record.is_none_or(|record| context.covers_all(record.context()))
+            }
         }
     }
 
@@ -116,7 +123,7 @@ impl Condition {
         match self {
             Self::Absent => !is_present,
             Self::Present => is_present,
-            Self::DotEquals(_) | Self::DataEquals(_) => false,
+            Self::DotEquals(_) | Self::DataEquals(_) | Self::ContextCurrent(_) => false,
         }
     }
 }
@@ -143,6 +150,9 @@ pub struct Ingest {
     pub local: Actor,
     /// The region that sent them, which need not have written them.
     pub source: Actor,
+    /// Stamped by the leader: conflicts that come of it are noted then. The changes have times of their
+    /// own.
+    pub time: HybridTime,
     /// What to apply.
     pub changes: Vec<Change>,
 }
@@ -180,6 +190,8 @@ pub struct Merge {
     pub local: Actor,
     /// The other region.
     pub source: Actor,
+    /// Stamped by the leader: conflicts that come of it are noted then, and none that it brings later.
+    pub time: HybridTime,
     /// What the other region had applied.
     pub cut: VersionVector,
     /// Up to where its records were ahead of that.
@@ -243,6 +255,15 @@ pub struct ForgetReviewed {
     pub namespace: NamespaceId,
     /// Which.
     pub writes: Vec<(Bytes, Dot)>,
+}
+
+/// Forgets entries of the ledger.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ForgetConflicts {
+    /// Where.
+    pub namespace: NamespaceId,
+    /// Which; one that was noted at another time is another entry, and stays.
+    pub entries: Vec<Noted>,
 }
 
 /// How a region pulls from another one.
@@ -372,6 +393,7 @@ const SET_LINK: u8 = 9;
 const LEARN: u8 = 10;
 const START_OVER: u8 = 11;
 const FORGET_REVIEWED: u8 = 12;
+const FORGET_CONFLICTS: u8 = 13;
 
 /// Packs encoded commands into the payload of one log entry.
 pub fn encode_batch(commands: &[Bytes]) -> Bytes {
@@ -417,6 +439,7 @@ impl Command {
                 writer.u8(ingest.rule.to_byte());
                 encode_actor(ingest.local, &mut writer);
                 encode_actor(ingest.source, &mut writer);
+                writer.fixed64(ingest.time.to_bits());
                 writer.count(ingest.changes.len());
                 for change in &ingest.changes {
                     writer.bytes(&change.to_bytes());
@@ -487,6 +510,15 @@ impl Command {
                 writer.varint(u64::from(namespace.0));
                 encode_writes(writes, &mut writer);
             }
+            Self::ForgetConflicts(ForgetConflicts { namespace, entries }) => {
+                writer.u8(FORGET_CONFLICTS);
+                writer.varint(u64::from(namespace.0));
+                writer.count(entries.len());
+                for entry in entries {
+                    writer.fixed64(entry.at.to_bits());
+                    writer.raw(&entry.id.0);
+                }
+            }
         }
         writer.finish()
     }
@@ -504,11 +536,12 @@ impl Command {
                 let rule = decode_rule(&mut reader)?;
                 let local = decode_actor(&mut reader)?;
                 let source = decode_actor(&mut reader)?;
+                let time = HybridTime::from_bits(reader.fixed64()?);
                 let count = reader.count(2)?;
                 let changes = (0..count)
                     .map(|_| Change::from_bytes(reader.bytes()?))
                     .collect::<Result<_, _>>()?;
-                Self::Ingest(Ingest { namespace, rule, local, source, changes })
+                Self::Ingest(Ingest { namespace, rule, local, source, time, changes })
             }
             TRIM => {
                 let namespace = NamespaceId(reader.u32()?);
@@ -567,6 +600,13 @@ impl Command {
                 let writes = decode_writes(&mut reader)?;
                 Self::ForgetReviewed(ForgetReviewed { namespace, writes })
             }
+            FORGET_CONFLICTS => {
+                let namespace = NamespaceId(reader.u32()?);
+                let count = reader.count(Noted::BYTES)?;
+                let entries =
+                    (0..count).map(|_| decode_noted(&mut reader)).collect::<Result<_, _>>()?;
+                Self::ForgetConflicts(ForgetConflicts { namespace, entries })
+            }
             kind => return Err(DecodeError::Version { what: "command", version: kind }),
         };
         reader.finish()?;
@@ -590,7 +630,8 @@ impl Command {
             | Self::SetLink(..)
             | Self::Learn(_)
             | Self::StartOver(_)
-            | Self::ForgetReviewed(_) => 0,
+            | Self::ForgetReviewed(_)
+            | Self::ForgetConflicts(_) => 0,
         }
     }
 }
@@ -617,6 +658,11 @@ impl Write {
                     part(&mut hash, 3, &writer.finish());
                 }
                 Condition::DataEquals(data) => part(&mut hash, 4, data),
+                Condition::ContextCurrent(context) => {
+                    let mut writer = Writer::default();
+                    context.encode(&mut writer);
+                    part(&mut hash, 8, &writer.finish());
+                }
             }
         }
         for operation in &self.operations {
@@ -658,6 +704,10 @@ impl Write {
                 Condition::DataEquals(data) => {
                     writer.u8(3);
                     writer.bytes(data);
+                }
+                Condition::ContextCurrent(context) => {
+                    writer.u8(4);
+                    context.encode(writer);
                 }
             }
         }
@@ -712,6 +762,7 @@ impl Merge {
         writer.u8(self.rule.to_byte());
         encode_actor(self.local, writer);
         encode_actor(self.source, writer);
+        writer.fixed64(self.time.to_bits());
         writer.u8(u8::from(self.trust == Trust::Neither));
         self.cut.encode(writer);
         self.ahead.encode(writer);
@@ -730,6 +781,7 @@ impl Merge {
         let rule = decode_rule(reader)?;
         let local = decode_actor(reader)?;
         let source = decode_actor(reader)?;
+        let time = HybridTime::from_bits(reader.fixed64()?);
         let trust = if decode_flag(reader)? { Trust::Neither } else { Trust::Coverage };
         let cut = VersionVector::decode(reader)?;
         let ahead = VersionVector::decode(reader)?;
@@ -740,7 +792,7 @@ impl Merge {
         let ledger = (0..count)
             .map(|_| LedgerEntry::from_bytes(reader.bytes()?))
             .collect::<Result<_, _>>()?;
-        Ok(Self { namespace, rule, local, source, cut, ahead, trust, offers, ledger })
+        Ok(Self { namespace, rule, local, source, time, cut, ahead, trust, offers, ledger })
     }
 }
 
@@ -751,6 +803,7 @@ fn decode_check(reader: &mut Reader) -> Result<Check, DecodeError> {
         1 => Condition::Present,
         2 => Condition::DotEquals(decode_dot(reader)?),
         3 => Condition::DataEquals(reader.bytes()?),
+        4 => Condition::ContextCurrent(VersionVector::decode(reader)?),
         tag => return Err(reader.invalid(u64::from(tag))),
     };
     Ok(Check { key, condition })
@@ -774,6 +827,13 @@ fn encode_writes(writes: &[(Bytes, Dot)], writer: &mut Writer) {
 fn decode_writes(reader: &mut Reader) -> Result<Vec<(Bytes, Dot)>, DecodeError> {
     let count = reader.count(4)?;
     (0..count).map(|_| Ok((reader.bytes()?, decode_dot(reader)?))).collect()
+}
+
+fn decode_noted(reader: &mut Reader) -> Result<Noted, DecodeError> {
+    let at = HybridTime::from_bits(reader.fixed64()?);
+    let mut id = [0; 16];
+    id.copy_from_slice(&reader.raw(16)?);
+    Ok(Noted { at, id: LedgerId(id) })
 }
 
 fn encode_request(request: RequestId, writer: &mut Writer) {
@@ -867,6 +927,7 @@ mod tests {
     use super::*;
     use crate::{
         change::tests::{any_change, any_content},
+        ledger::tests::any_entry,
         members::tests::any_members,
         repair::tests::any_offer,
         typed::tests::any_mutation,
@@ -892,6 +953,7 @@ mod tests {
             Just(Condition::Absent),
             Just(Condition::Present),
             any_bytes().prop_map(Condition::DataEquals),
+            any_vector().prop_map(Condition::ContextCurrent),
             (any_actor(), 1u64..9)
                 .prop_map(|(actor, seq)| Condition::DotEquals(Dot { actor, seq })),
         ];
@@ -935,20 +997,13 @@ mod tests {
             any_vector(),
             any::<bool>(),
             prop::collection::vec(any_offer(), 0..4),
-            prop::collection::vec(any_change(), 0..2),
+            prop::collection::vec(any_entry(), 0..2),
         )
-            .prop_map(|(rule, cut, ahead, damaged, offers, dropped)| {
-                let entry = |change: Change| LedgerEntry {
-                    winner: change.last(),
-                    winner_time: change.time(),
-                    key: change.deltas[0].key.clone(),
-                    loser: change.deltas[0].sibling.clone(),
-                };
-                let ledger = dropped.into_iter().map(entry).collect();
+            .prop_map(|(rule, cut, ahead, damaged, offers, ledger)| {
                 let trust = if damaged { Trust::Neither } else { Trust::Coverage };
                 let (namespace, source) = (NamespaceId(9), SOURCE);
-                let local = source;
-                Merge { namespace, rule, local, source, cut, ahead, trust, offers, ledger }
+                let (local, time) = (source, HybridTime::from_bits(55));
+                Merge { namespace, rule, local, source, time, cut, ahead, trust, offers, ledger }
             })
     }
 
@@ -961,6 +1016,7 @@ mod tests {
                     rule,
                     local,
                     source: SOURCE,
+                    time: HybridTime::from_bits(66),
                     changes
                 })
             ),
@@ -1000,6 +1056,11 @@ mod tests {
                 let write = |(key, actor, seq)| (key, Dot { actor, seq });
                 let writes = writes.into_iter().map(write).collect();
                 Command::ForgetReviewed(ForgetReviewed { namespace: NamespaceId(7), writes })
+            }),
+            prop::collection::vec(any_entry(), 0..3).prop_map(|entries| {
+                let namespace = NamespaceId(7);
+                let entries = entries.iter().map(|entry| entry.place(namespace)).collect();
+                Command::ForgetConflicts(ForgetConflicts { namespace, entries })
             }),
         ]
     }

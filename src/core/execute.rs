@@ -19,13 +19,13 @@ use bytes::Bytes;
 use crate::{
     change::Change,
     command::{
-        Advance, Collect, Command, Expire, FailedCheck, Ingest, Ingested, LinkSetting, Merge,
-        Merged, Outcome, Remembered, Stopped, Write, Written,
+        Advance, Collect, Command, Expire, FailedCheck, ForgetConflicts, Ingest, Ingested,
+        LinkSetting, Merge, Merged, Outcome, Remembered, Stopped, Write, Written,
     },
     element,
     hlc::HybridTime,
     id::{Actor, Dot, NamespaceId, RegionId, RequestId},
-    ledger::LedgerEntry,
+    ledger::{LedgerEntry, Noted},
     members::{Member, MemberState, Members},
     record::{Content, Delta, Record, Rule, Sibling},
     repair::{self, DotReused, Sides, Trust},
@@ -33,8 +33,8 @@ use crate::{
     vector::VersionVector,
 };
 
-/// Siblings that a local write leaves beside its own; the oldest above this are superseded by
-/// name, so that every region drops the same ones.
+/// Siblings that a local write leaves, its own included; the oldest above this are pushed out by
+/// name, so that every region drops the same ones, and notes them.
 pub const SIBLINGS_MAX: usize = 16;
 
 /// A shard's state as the transition function sees it. Reads see earlier writes.
@@ -89,8 +89,10 @@ pub trait ShardState {
     /// Drops changes that `upto` covers. What it covers and the log does not have counts as
     /// dropped: the next change appended comes after it.
     fn trim_changes(&mut self, namespace: NamespaceId, upto: &VersionVector);
-    /// Adds to the conflict ledger.
+    /// Adds to the conflict ledger. An entry that is there already, under the same id, stays as it is.
     fn add_to_ledger(&mut self, namespace: NamespaceId, entry: LedgerEntry);
+    /// Drops an entry of the ledger, if there is one that was noted then.
+    fn forget_conflict(&mut self, namespace: NamespaceId, noted: Noted);
     /// What is remembered of a request.
     fn remembered(&self, request: RequestId) -> Result<Option<Remembered>, Self::Error>;
     /// Remembers a request.
@@ -153,6 +155,12 @@ pub fn execute<S: ShardState>(state: &mut S, command: &Command) -> Result<Outcom
             }
             Ok(Outcome::Done)
         }
+        Command::ForgetConflicts(ForgetConflicts { namespace, entries }) => {
+            for &noted in entries {
+                state.forget_conflict(*namespace, noted);
+            }
+            Ok(Outcome::Done)
+        }
     }
 }
 
@@ -209,19 +217,16 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
         return Ok(Outcome::ChecksFailed(failed));
     }
 
-    let mut writing = Writing::new(
-        &*state,
-        Place { namespace: write.namespace, rule: write.rule },
-        write.actor,
-        frontier,
-    );
+    let place = Place { namespace: write.namespace, rule: write.rule, noted: write.time };
+    let mut writing = Writing::new(&*state, place, write.actor, frontier);
     let mut results = Vec::with_capacity(write.operations.len() + write.mutations.len());
     for operation in &write.operations {
         let record = writing.record(&operation.key)?;
-        let mut supersedes = record.superseded_by(operation.context.as_ref());
-        supersede_oldest(&record, &mut supersedes);
+        let supersedes = record.superseded_by(operation.context.as_ref());
+        let pushed_out = pushed_out(&record, &supersedes, &operation.content);
+        let replaced = Replaced { supersedes, pushed_out };
         let (key, content) = (operation.key.clone(), operation.content.clone());
-        results.push(writing.add(record, key, content, supersedes, write.time));
+        results.push(writing.add(record, key, content, replaced, write.time));
     }
     for (place, mutation) in write.mutations.iter().enumerate() {
         match typed::mutate(&mut writing, mutation, write.time)? {
@@ -251,7 +256,7 @@ fn execute_expire<S: ShardState>(state: &mut S, expire: &Expire) -> Result<Outco
         return Ok(Outcome::NotActive(member));
     }
     let frontier = state.frontier(expire.namespace);
-    let place = Place { namespace: expire.namespace, rule: expire.rule };
+    let place = Place { namespace: expire.namespace, rule: expire.rule, noted: expire.time };
     let mut writing = Writing::new(&*state, place, expire.actor, frontier);
     let mut expired = 0;
     for (key, dot) in &expire.values {
@@ -263,7 +268,8 @@ fn execute_expire<S: ShardState>(state: &mut S, expire: &Expire) -> Result<Outco
         if record.siblings().iter().find(is_over).is_some() {
             // Exactly this value: what is concurrent with it stays.
             let (key, content) = (key.clone(), Content::Tombstone);
-            writing.add(record, key, content, vec![*dot], expire.time);
+            let replaced = Replaced { supersedes: vec![*dot], pushed_out: Vec::new() };
+            writing.add(record, key, content, replaced, expire.time);
             expired += 1;
         }
     }
@@ -284,6 +290,16 @@ pub(crate) struct Writing<'a, S: ShardState> {
     deltas: Vec<Delta>,
     records: BTreeMap<Bytes, Record>,
     ledger: Vec<LedgerEntry>,
+}
+
+/// What a write takes the place of.
+#[derive(Default)]
+pub(crate) struct Replaced {
+    /// Siblings that the writer has seen.
+    pub(crate) supersedes: Vec<Dot>,
+    /// Siblings that must go although nobody has seen them: there are too many, or they were hidden by
+    /// another.
+    pub(crate) pushed_out: Vec<Dot>,
 }
 
 impl<'a, S: ShardState> Writing<'a, S> {
@@ -364,11 +380,10 @@ impl<'a, S: ShardState> Writing<'a, S> {
         record: Record,
         key: Bytes,
         content: Content,
-        mut supersedes: Vec<Dot>,
+        replaced: Replaced,
         time: HybridTime,
     ) -> Mutated {
-        supersede_oldest(&record, &mut supersedes);
-        let Written { dot, time, conflict, .. } = self.add(record, key, content, supersedes, time);
+        let Written { dot, time, conflict, .. } = self.add(record, key, content, replaced, time);
         Mutated { dot, time, conflict, sum: None }
     }
 
@@ -378,17 +393,19 @@ impl<'a, S: ShardState> Writing<'a, S> {
         mut record: Record,
         key: Bytes,
         content: Content,
-        supersedes: Vec<Dot>,
+        Replaced { supersedes, pushed_out }: Replaced,
         time: HybridTime,
     ) -> Written {
         let dot = self.next_dot();
         let others = record.context().iter().filter(|(actor, _)| *actor != self.actor);
         others.for_each(|(actor, seq)| self.depends_on.advance(actor, seq));
         let time = time.max(record.latest_time().next());
-        let delta = Delta { key, sibling: Sibling { dot, time, content }, supersedes };
-        let dropped = record.apply(&delta, &self.frontier, self.place.rule);
+        let sibling = Sibling { dot, time, content };
+        let delta = Delta { key, sibling, supersedes, pushed_out };
+        let Place { rule, noted, .. } = self.place;
+        let dropped = record.apply(&delta, &self.frontier, rule);
         let conflict = !dropped.is_empty() || record.siblings().len() > 1;
-        let entry = |dropped| LedgerEntry::new(delta.key.clone(), dropped);
+        let entry = |dropped| LedgerEntry::new(delta.key.clone(), dropped, noted);
         self.ledger.extend(dropped.into_iter().map(entry));
         let context = record.context().clone();
         self.records.insert(delta.key.clone(), record);
@@ -457,7 +474,7 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
         for delta in &change.deltas {
             let mut record = state.record(ingest.namespace, &delta.key)?.unwrap_or_default();
             for dropped in record.apply(delta, &seen, ingest.rule) {
-                let entry = LedgerEntry::new(delta.key.clone(), dropped);
+                let entry = LedgerEntry::new(delta.key.clone(), dropped, ingest.time);
                 state.add_to_ledger(ingest.namespace, entry);
             }
             state.put_record(ingest.namespace, &delta.key, record);
@@ -530,7 +547,8 @@ fn execute_merge<S: ShardState>(state: &mut S, merge: &Merge) -> Result<Outcome,
             Ok((joined, _)) if joined == mine => {}
             Ok((joined, dropped)) => {
                 for dropped in dropped {
-                    state.add_to_ledger(namespace, LedgerEntry::new(offer.key.clone(), dropped));
+                    let entry = LedgerEntry::new(offer.key.clone(), dropped, merge.time);
+                    state.add_to_ledger(namespace, entry);
                 }
                 state.put_record(namespace, &offer.key, joined);
                 merged.changed += 1;
@@ -541,7 +559,9 @@ fn execute_merge<S: ShardState>(state: &mut S, merge: &Merge) -> Result<Outcome,
         }
     }
     for entry in &merge.ledger {
-        state.add_to_ledger(namespace, entry.clone());
+        // Passing an entry on does not renew it, and another region's clock does not keep it for ever.
+        let noted = entry.noted.min(merge.time);
+        state.add_to_ledger(namespace, LedgerEntry { noted, ..entry.clone() });
     }
     note_ahead(state, namespace, &[&merge.cut, &merge.ahead]);
     Ok(Outcome::Merged(merged))
@@ -590,6 +610,8 @@ fn note_ahead<S: ShardState>(state: &mut S, namespace: NamespaceId, vectors: &[&
 struct Place {
     namespace: NamespaceId,
     rule: Rule,
+    /// When what is dropped there is noted.
+    noted: HybridTime,
 }
 
 fn append<S: ShardState>(state: &mut S, namespace: NamespaceId, change: &Change) {
@@ -646,14 +668,17 @@ fn failed_checks<S: ShardState>(state: &S, write: &Write) -> Result<Vec<FailedCh
     Ok(failed)
 }
 
-/// Adds the oldest siblings to `supersedes` until the bound holds.
-fn supersede_oldest(record: &Record, supersedes: &mut Vec<Dot>) {
+/// The oldest of the siblings that a write of `content` leaves, as many as are above the bound.
+fn pushed_out(record: &Record, supersedes: &[Dot], content: &Content) -> Vec<Dot> {
     let mut kept: Vec<&Sibling> =
         record.siblings().iter().filter(|held| !supersedes.contains(&held.dot)).collect();
-    let above = (kept.len() + 1).saturating_sub(SIBLINGS_MAX);
+    let added = usize::from(*content != Content::Tombstone);
+    let above = (kept.len() + added).saturating_sub(SIBLINGS_MAX);
     kept.sort_by_key(|held| (held.time, held.dot));
-    supersedes.extend(kept.iter().take(above).map(|held| held.dot));
+    kept.iter().take(above).map(|held| held.dot).collect()
 }
 
+#[cfg(test)]
+mod conflict_tests;
 #[cfg(test)]
 mod tests;

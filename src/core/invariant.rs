@@ -127,8 +127,11 @@ pub struct Event<'a> {
 /// their dots.
 pub fn survivors<'a>(events: impl IntoIterator<Item = Event<'a>>, rule: Rule) -> Vec<Dot> {
     let events: Vec<Event<'_>> = events.into_iter().collect();
-    let replaced: BTreeSet<Dot> =
-        events.iter().flat_map(|event| event.delta.supersedes.iter().copied()).collect();
+    let named = |event: &Event<'a>| {
+        let Delta { supersedes, pushed_out, .. } = event.delta;
+        supersedes.iter().chain(pushed_out).copied()
+    };
+    let replaced: BTreeSet<Dot> = events.iter().flat_map(named).collect();
     let is_tombstone = |event: &Event<'_>| event.delta.sibling.content == Content::Tombstone;
     let dot = |event: &Event<'_>| event.delta.sibling.dot;
     let kept = events.iter().filter(|event| !replaced.contains(&dot(event)));
@@ -220,7 +223,7 @@ mod tests {
         let time = HybridTime::new(wall, 0).unwrap();
         let content = if value.is_empty() { Content::Tombstone } else { Content::value(value) };
         let sibling = Sibling { dot, time, content };
-        Delta { key: "k".into(), sibling, supersedes: supersedes.to_vec() }
+        Delta { key: "k".into(), sibling, supersedes: supersedes.to_vec(), pushed_out: Vec::new() }
     }
 
     fn kept(writes: &[(Delta, VersionVector)], rule: Rule) -> Vec<Dot> {

@@ -22,6 +22,7 @@ use crate::{
     codec::{DecodeError, Reader, Writer},
     hlc::HybridTime,
     id::Dot,
+    ledger::Cause,
     vector::{VersionVector, decode_dot, encode_dot},
 };
 
@@ -259,9 +260,12 @@ pub struct Delta {
     /// Exactly the siblings that the write replaces. Never a range: what the writer had not seen
     /// stays.
     pub supersedes: Vec<Dot>,
+    /// Siblings that the writer did not replace, but that had to go because there were too many. They
+    /// are lost values, and enter the ledger wherever they were held.
+    pub pushed_out: Vec<Dot>,
 }
 
-/// A concurrent content that a rule dropped, and the one that it lost to.
+/// A concurrent content that was dropped, and the one that it lost to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dropped {
     /// What was dropped.
@@ -270,6 +274,8 @@ pub struct Dropped {
     pub winner: Dot,
     /// The time of what stays.
     pub winner_time: HybridTime,
+    /// Why it was dropped.
+    pub cause: Cause,
 }
 
 /// All that is known about one key.
@@ -319,8 +325,8 @@ impl Record {
         !self.siblings.iter().any(|held| held.content.is_present())
     }
 
-    /// Applies one write and answers what the rule dropped. A write that was seen before changes
-    /// nothing.
+    /// Applies one write and answers what was dropped, by the rule or by the bound on siblings. A
+    /// write that was seen before changes nothing.
     ///
     /// Writes must come in causal order: all that a write's origin had seen comes first. `seen` is
     /// what that is: a tombstone in it loses to the write, whatever their times, because the
@@ -332,15 +338,28 @@ impl Record {
         }
         self.context.add(incoming.dot);
         self.siblings.retain(|held| !delta.supersedes.contains(&held.dot));
+        let pushed_out = self.take_out(|held| delta.pushed_out.contains(&held.dot));
         let is_over = |held: &Sibling| seen.covers(held.dot) && outlives(incoming, held);
-        let (outlived, kept) = self.siblings.drain(..).partition(is_over);
-        self.siblings = kept;
-        let outlived: Vec<Sibling> = outlived;
+        let outlived = self.take_out(is_over);
         let at = self.siblings.partition_point(|held| held.dot < incoming.dot);
         self.siblings.insert(at, incoming.clone());
         let (winner, winner_time) = (incoming.dot, incoming.time);
-        let lost = outlived.into_iter().map(|loser| Dropped { loser, winner, winner_time });
-        lost.chain(self.resolve(rule)).collect()
+        let lost =
+            |cause: Cause| move |loser: Sibling| Dropped { loser, winner, winner_time, cause };
+        // An element of a typed value is replaced unseen where the rule shows another.
+        let unseen = if rule.is_typed() { Cause::Rule } else { Cause::Bound };
+        let pushed_out = pushed_out.into_iter().map(lost(unseen));
+        // A reset that is over has done what it was for.
+        let outlived = outlived.into_iter().filter(|held| held.content == Content::Tombstone);
+        let outlived = outlived.map(lost(Cause::Rule));
+        pushed_out.chain(outlived).chain(self.resolve(rule)).collect()
+    }
+
+    /// Removes the siblings that `goes` holds of.
+    fn take_out(&mut self, goes: impl Fn(&Sibling) -> bool) -> Vec<Sibling> {
+        let (gone, kept) = self.siblings.drain(..).partition(goes);
+        self.siblings = kept;
+        gone
     }
 
     /// The record of these parts, brought to what the rule allows, and what that dropped.
@@ -378,10 +397,9 @@ impl Record {
             return Vec::new();
         };
         let (winner_time, winner) = winner;
-        let (kept, lost) = self.siblings.drain(..).partition(|held| held.dot == winner);
-        self.siblings = kept;
-        let lost: Vec<Sibling> = lost;
-        lost.into_iter().map(|loser| Dropped { loser, winner, winner_time }).collect()
+        let lost = self.take_out(|held| held.dot != winner);
+        let dropped = |loser| Dropped { loser, winner, winner_time, cause: Cause::Rule };
+        lost.into_iter().map(dropped).collect()
     }
 
     /// The encoding, with its format version.

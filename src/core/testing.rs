@@ -11,8 +11,9 @@ use crate::{
     change::Change,
     command::{Advance, Command, LinkSetting, Merge, Remembered},
     execute::{ShardState, to_review},
+    hlc::HybridTime,
     id::{Actor, Dot, NamespaceId, RegionId, RequestId},
-    ledger::{LedgerEntry, LedgerId},
+    ledger::{LedgerEntry, LedgerId, Noted},
     members::Members,
     merkle::{FAN_OUT, Tree, digest, leaf_of},
     record::{Record, Rule, Sibling},
@@ -98,6 +99,13 @@ impl MemoryState {
         tree
     }
 
+    /// The latest time of all that is held.
+    pub fn latest_time(&self) -> HybridTime {
+        let records = self.records.values().map(Record::latest_time);
+        let noted = self.ledger.values().map(|entry| entry.noted);
+        records.chain(noted).max().unwrap_or(HybridTime::ZERO)
+    }
+
     fn leaf(&self, namespace: NamespaceId, leaf: u16) -> Vec<(Bytes, Record)> {
         let live = self.held(namespace).filter(|(_, record)| !record.is_dead());
         let inside = live.filter(|(key, _)| leaf_of(key) == leaf);
@@ -159,6 +167,7 @@ impl MemoryRepair {
             .iter()
             .filter(|((held, _), entry)| *held == namespace && repair::lacks_entry(&known, entry))
             .map(|(_, entry)| entry.clone());
+        let time = receiver.latest_time().max(source.latest_time());
         let merge = |offers: Vec<Offer>, ledger: Vec<LedgerEntry>| {
             let (cut, ahead, trust) = (cut.clone(), ahead.clone(), Trust::Coverage);
             let source = from;
@@ -167,6 +176,7 @@ impl MemoryRepair {
                 rule,
                 local,
                 source,
+                time,
                 cut,
                 ahead,
                 trust,
@@ -296,7 +306,14 @@ impl ShardState for MemoryState {
     }
 
     fn add_to_ledger(&mut self, namespace: NamespaceId, entry: LedgerEntry) {
-        self.ledger.insert((namespace, entry.id(namespace)), entry);
+        self.ledger.entry((namespace, entry.id(namespace))).or_insert(entry);
+    }
+
+    fn forget_conflict(&mut self, namespace: NamespaceId, noted: Noted) {
+        let held = self.ledger.get(&(namespace, noted.id));
+        if held.is_some_and(|entry| entry.noted == noted.at) {
+            self.ledger.remove(&(namespace, noted.id));
+        }
     }
 
     fn remembered(&self, request: RequestId) -> Result<Option<Remembered>, Infallible> {

@@ -34,7 +34,7 @@ use bytes::Bytes;
 use crate::{
     codec::{DecodeError, Reader, Writer},
     element::{self, Element, Kind, Part},
-    execute::{ShardState, Writing},
+    execute::{Replaced, ShardState, Writing},
     hlc::HybridTime,
     id::Dot,
     record::{Content, Count, Record, Rule, Sibling},
@@ -197,13 +197,26 @@ pub(crate) fn mutate<S: ShardState>(
         Action::Enable => (whole(Kind::Flag), Content::value(Bytes::new())),
         Action::Disable => (whole(Kind::Flag), Content::Tombstone),
     };
-    let is_register = part == Part::Whole(Kind::Register);
+    let kind = part.kind();
     let key = mutation.element(part).to_key();
     let record = writing.record(&key)?;
-    let supersedes = record.superseded_by(mutation.context.as_ref());
-    let mut done = writing.write(record, key, content, supersedes, time);
-    done.conflict &= is_register;
+    let replaced = replaced(&record, kind, mutation.context.as_ref());
+    let mut done = writing.write(record, key, content, replaced, time);
+    done.conflict &= kind == Kind::Register;
     Ok(Ok(done))
+}
+
+/// What a write of an element takes the place of. Of a register a reader sees one assignment; the others
+/// go unseen, and so into the ledger.
+fn replaced(record: &Record, kind: Kind, context: Option<&VersionVector>) -> Replaced {
+    let all = record.superseded_by(context);
+    if kind != Kind::Register {
+        return Replaced { supersedes: all, pushed_out: Vec::new() };
+    }
+    let shown = latest_of(record).map(|(held, _)| held.dot);
+    let is_hidden = |dot: &Dot| Some(*dot) != shown;
+    let (pushed_out, supersedes) = all.into_iter().partition(is_hidden);
+    Replaced { supersedes, pushed_out }
 }
 
 impl Mutation {
@@ -328,7 +341,7 @@ fn add<S: ShardState>(
     };
     let key = mutation.element(Part::Share(writing.actor())).to_key();
     let record = writing.record(&key)?;
-    let (count, supersedes) = match count_of(&record) {
+    let (count, supersedes): (_, Vec<Dot>) = match count_of(&record) {
         Some((dot, held)) => {
             let Some(total) = held.total.checked_add(by) else {
                 return Ok(Err(Refusal::Overflow));
@@ -344,7 +357,8 @@ fn add<S: ShardState>(
             (Count { since, total: by }, record.superseded_by(None))
         }
     };
-    let mut done = writing.write(record, key, Content::Count(count), supersedes, time);
+    let replaced = Replaced { supersedes, ..Replaced::default() };
+    let mut done = writing.write(record, key, Content::Count(count), replaced, time);
     (done.sum, done.conflict) = (Some(sum), false);
     Ok(Ok(done))
 }
@@ -364,9 +378,9 @@ fn extreme<S: ShardState>(
     {
         return Ok(Mutated { dot: held.dot, time: held.time, conflict: false, sum: None });
     }
-    let supersedes = record.superseded_by(mutation.context.as_ref());
+    let replaced = replaced(&record, kind, mutation.context.as_ref());
     let content = Content::value(data.clone());
-    let done = writing.write(record, key, content, supersedes, time);
+    let done = writing.write(record, key, content, replaced, time);
     Ok(Mutated { conflict: false, ..done })
 }
 
@@ -389,12 +403,14 @@ fn clear<S: ShardState>(
             Some((dot, count)) => Content::Reset { count, upto: dot.seq },
             None => Content::Tombstone,
         };
-        let supersedes = match content {
-            Content::Reset { .. } => record.superseded_by(None),
-            _ => record.superseded_by(context.as_ref()),
+        let replaced = match (&content, kind_of(&key)) {
+            (Content::Reset { .. }, _) | (_, None) => {
+                Replaced { supersedes: record.superseded_by(None), ..Replaced::default() }
+            }
+            (_, Some(kind)) => replaced(&record, kind, context.as_ref()),
         };
-        if !supersedes.is_empty() {
-            done = Some(writing.write(record, key, content, supersedes, time));
+        if !(replaced.supersedes.is_empty() && replaced.pushed_out.is_empty()) {
+            done = Some(writing.write(record, key, content, replaced, time));
         }
     }
     if let Some(done) = done {
@@ -406,7 +422,7 @@ fn clear<S: ShardState>(
     let part = if kind == Kind::Set { Part::Member(Bytes::new()) } else { Part::Whole(kind) };
     let key = mutation.element(part).to_key();
     let record = writing.record(&key)?;
-    Ok(Ok(writing.write(record, key, Content::Tombstone, Vec::new(), time)))
+    Ok(Ok(writing.write(record, key, Content::Tombstone, Replaced::default(), time)))
 }
 
 /// The count that a share holds, and the addition that made it so.
@@ -444,6 +460,11 @@ fn is_beyond(kind: Kind, data: &Bytes, present: &Bytes) -> bool {
 
 fn values(record: &Record) -> impl Iterator<Item = (&Sibling, &Bytes)> {
     record.live_at(HybridTime::ZERO)
+}
+
+/// The assignment of a register that a reader sees.
+fn latest_of(record: &Record) -> Option<(&Sibling, &Bytes)> {
+    values(record).max_by_key(|(held, _)| (held.time, held.dot))
 }
 
 fn extreme_of(record: &Record, kind: Kind) -> Option<(&Sibling, &Bytes)> {
@@ -516,7 +537,7 @@ impl Assembly {
             (Part::Whole(kind), entry) => {
                 let data = match kind {
                     Kind::Max | Kind::Min => extreme_of(record, *kind),
-                    _ => values(record).max_by_key(|(held, _)| (held.time, held.dot)),
+                    _ => latest_of(record),
                 };
                 if let Some((_, data)) = data {
                     entry.or_insert_with(|| Value::Data(data.clone()));

@@ -1,7 +1,9 @@
 //! The HTTP port through a real socket.
 
 use super::*;
-use crate::metrics::{ALL, LinkNumbers, MetricKind, RaftLogNumbers, RaftNumbers, RocksNumbers};
+use crate::metrics::{
+    ALL, LedgerNumbers, LinkNumbers, MetricKind, RaftLogNumbers, RaftNumbers, RocksNumbers,
+};
 use crate::reason::Reason;
 use std::collections::BTreeSet;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -148,6 +150,7 @@ async fn metrics_hold_every_documented_name_and_no_other() {
         metrics.set_rocksdb(&RocksNumbers { sst_bytes: 99, ..Default::default() });
         metrics.set_disk(77, true);
         metrics.set_scrubbed(9, 1);
+        metrics.set_ledger(&LedgerNumbers { entries: 4, ..Default::default() });
     }));
     server.state.metrics.rpc("/tombolo.v1.KvService/Get").finish(Code::Ok, None);
 

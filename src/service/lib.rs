@@ -11,6 +11,7 @@
 
 mod anti_entropy;
 mod cluster;
+mod conflict;
 mod convert;
 mod forward;
 mod gateway;
@@ -31,6 +32,7 @@ mod typed;
 mod unserved;
 
 pub use cluster::ClusterApi;
+pub use conflict::ConflictApi;
 pub use forward::NodeChannels;
 pub use gateway::{Gateway, Limits};
 pub use kv::KvApi;
@@ -39,4 +41,4 @@ pub use layer::{Admission, AdmissionLayer};
 pub use namespace::{CatalogWriter, NamespaceApi};
 pub use node::NodeApi;
 pub use region::RegionApi;
-pub use unserved::{ConflictApi, WatchApi};
+pub use unserved::WatchApi;

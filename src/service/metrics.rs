@@ -114,6 +114,14 @@ descriptions! {
         "Bytes sent and received by repairs from the region and comparisons with it"
     TOMBSTONES Gauge "tombolo_tombstones" []
         "Deletions kept until every region has them, in shards that this node leads"
+    LEDGER_ENTRIES Gauge "tombolo_ledger_entries" []
+        "Conflicts in the ledger, in shards that this node leads"
+    LEDGER_BYTES Gauge "tombolo_ledger_bytes" []
+        "Size of the ledger, in shards that this node leads"
+    LEDGER_OLDEST Gauge "tombolo_ledger_oldest_seconds" []
+        "Time since the oldest conflict in the ledger was noted, in shards that this node leads"
+    LEDGER_FORGOTTEN Counter "tombolo_ledger_forgotten_total" ["reason"]
+        "Conflicts that this node, as a leader, let the ledger forget: for their age, or for its size"
     RAFT_LOG_SYNCS Counter "tombolo_raft_log_syncs_total" []
         "Times the Raft log was synced to disk"
     RAFT_LOG_WRITTEN Counter "tombolo_raft_log_written_bytes_total" []
@@ -196,6 +204,18 @@ pub struct RaftLogNumbers {
     pub disk_bytes: u64,
 }
 
+/// What the ledgers report, over all namespaces of the shards that this node leads.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LedgerNumbers {
+    pub entries: u64,
+    pub bytes: u64,
+    pub oldest_seconds: f64,
+    /// Since the process started.
+    pub forgotten_for_age: u64,
+    /// Since the process started.
+    pub forgotten_for_size: u64,
+}
+
 /// What the node's RocksDB reports.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RocksNumbers {
@@ -232,6 +252,11 @@ struct ByShard {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByPeer {
     peer_region: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByReason {
+    reason: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -279,6 +304,10 @@ pub struct Metrics {
     rocksdb_flushes: GaugeU64,
     rocksdb_stopped: GaugeU64,
     tombstones: GaugeU64,
+    ledger_entries: GaugeU64,
+    ledger_bytes: GaugeU64,
+    ledger_oldest: GaugeF64,
+    ledger_forgotten: Family<ByReason, Counter>,
     scrub_records: Counter,
     scrub_damaged: Counter,
     disk_free: GaugeU64,
@@ -330,6 +359,10 @@ impl Metrics {
             rocksdb_flushes: register(r, &ROCKSDB_FLUSHES),
             rocksdb_stopped: register(r, &ROCKSDB_STOPPED),
             tombstones: register(r, &TOMBSTONES),
+            ledger_entries: register(r, &LEDGER_ENTRIES),
+            ledger_bytes: register(r, &LEDGER_BYTES),
+            ledger_oldest: register(r, &LEDGER_OLDEST),
+            ledger_forgotten: register(r, &LEDGER_FORGOTTEN),
             scrub_records: register(r, &SCRUB_RECORDS),
             scrub_damaged: register(r, &SCRUB_DAMAGED),
             disk_free: register(r, &DISK_FREE),
@@ -418,6 +451,16 @@ impl Metrics {
 
     pub fn set_tombstones(&self, count: u64) {
         self.tombstones.set(count);
+    }
+
+    pub fn set_ledger(&self, numbers: &LedgerNumbers) {
+        self.ledger_entries.set(numbers.entries);
+        self.ledger_bytes.set(numbers.bytes);
+        self.ledger_oldest.set(numbers.oldest_seconds);
+        let forgotten = [("age", numbers.forgotten_for_age), ("size", numbers.forgotten_for_size)];
+        for (reason, count) in forgotten {
+            raise(&self.ledger_forgotten.get_or_create(&ByReason { reason }), count);
+        }
     }
 
     pub fn set_raft_log(&self, numbers: &RaftLogNumbers) {

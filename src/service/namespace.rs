@@ -468,7 +468,7 @@ fn decode_next_id(content: &Content) -> Result<NamespaceId, Status> {
         .ok_or_else(|| Reason::StorageFailed.status("the catalog's counter is damaged", &[]))
 }
 
-fn encode_rule(rule: Rule) -> i32 {
+pub(crate) fn encode_rule(rule: Rule) -> i32 {
     match rule {
         Rule::Lww => pb::Rule::Lww.into(),
         Rule::Siblings => pb::Rule::Siblings.into(),

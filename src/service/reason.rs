@@ -156,6 +156,9 @@ reasons! {
     NamespaceNotFound "NAMESPACE_NOT_FOUND" NotFound Never 0
         "This region knows no namespace of that name."
         "Correct the name, create the namespace, or wait until its creation reached this region."
+    ConflictNotFound "CONFLICT_NOT_FOUND" NotFound Never 0
+        "The ledger of this region has no conflict with that id."
+        "List the conflicts again; old ones are forgotten, after `ledger.retention`."
     RegionInvalid "REGION_INVALID" InvalidArgument Never 0
         "The region's name, number or addresses are not valid."
         "Correct what the message names."
@@ -189,6 +192,12 @@ reasons! {
     EtagMismatch "ETAG_MISMATCH" Aborted AfterRead 0
         "The resource was changed after the caller read it."
         "Read it again, apply the change to what is there now, and send the new etag."
+    ConflictMoved "CONFLICT_MOVED" Aborted AfterRead 0
+        "The key was written after the caller looked at it; nothing was overwritten."
+        "Look at the key again, decide on what it holds now, and send the new context."
+    ConflictExpired "CONFLICT_EXPIRED" FailedPrecondition Never 0
+        "The dropped value had a time to live, which has passed."
+        "If it is still wanted, read it from the conflict and put it with a new time to live."
     ResumeTokenExpired "RESUME_TOKEN_EXPIRED" OutOfRange AfterRead 0
         "The changes that the watch should resume with are no longer kept."
         "Scan the keys again, then start a new watch."

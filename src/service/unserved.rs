@@ -6,7 +6,6 @@ use std::pin::Pin;
 use futures::Stream;
 use tombolo_proto::v1::{
     self as pb,
-    conflict_service_server::{ConflictService, ConflictServiceServer},
     watch_service_server::{WatchService, WatchServiceServer},
 };
 use tonic::{Request, Response, Status};
@@ -32,39 +31,5 @@ impl WatchService for WatchApi {
         _: Request<pb::WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         Err(not_implemented("Watch"))
-    }
-}
-
-/// Looking at and settling conflicts.
-pub struct ConflictApi;
-
-impl ConflictApi {
-    /// The tonic service.
-    pub fn into_service(self) -> ConflictServiceServer<Self> {
-        ConflictServiceServer::new(self)
-    }
-}
-
-#[tonic::async_trait]
-impl ConflictService for ConflictApi {
-    async fn list_conflicts(
-        &self,
-        _: Request<pb::ListConflictsRequest>,
-    ) -> Result<Response<pb::ListConflictsResponse>, Status> {
-        Err(not_implemented("ListConflicts"))
-    }
-
-    async fn get_conflict(
-        &self,
-        _: Request<pb::GetConflictRequest>,
-    ) -> Result<Response<pb::GetConflictResponse>, Status> {
-        Err(not_implemented("GetConflict"))
-    }
-
-    async fn restore_conflict(
-        &self,
-        _: Request<pb::RestoreConflictRequest>,
-    ) -> Result<Response<pb::RestoreConflictResponse>, Status> {
-        Err(not_implemented("RestoreConflict"))
     }
 }

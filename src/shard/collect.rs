@@ -1,13 +1,21 @@
 //! Collection: what a shard's leader lets its replicas forget.
 //!
-//! Three things stay behind and are not data: the outcomes of requests, kept so that a repeat is
-//! recognised, the change log, kept until every region has it or it exceeds its budget, and
-//! tombstones, kept until nothing can come any more that has not seen the deletion. Values that
+//! Four things stay behind and are not data: the outcomes of requests, kept so that a repeat is
+//! recognised, the change log, kept until every region has it or it exceeds its budget, tombstones, kept
+//! until nothing can come any more that has not seen the deletion, and the ledger of conflicts, kept for
+//! a time and up to a size for people to look at. Values that
 //! have expired are hidden from reads at once and deleted here, by the region that wrote them, with
 //! a deletion like any other. The leader looks at them now and then and
 //! proposes what may go; replicas forget exactly that, in log order.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use tokio::time::Instant;
@@ -26,6 +34,10 @@ pub struct CollectConfig {
     /// Most bytes of the change log of one namespace in one shard that are kept for a region that
     /// is behind; it repairs from there.
     pub change_log_bytes: u64,
+    /// How long an entry of the ledger is kept, from when this region noted it.
+    pub ledger_retention: Duration,
+    /// Most bytes of the ledger of one namespace in one shard; above, the oldest entries go.
+    pub ledger_bytes: u64,
 }
 
 impl Default for CollectConfig {
@@ -34,6 +46,8 @@ impl Default for CollectConfig {
             interval: Duration::from_secs(5),
             request_retention: Duration::from_secs(600),
             change_log_bytes: 256 << 20,
+            ledger_retention: Duration::from_secs(7 * 24 * 3600),
+            ledger_bytes: 64 << 20,
         }
     }
 }
@@ -44,17 +58,65 @@ const REQUESTS_PER_COMMAND: usize = 4096;
 const TOMBSTONES_PER_COMMAND: usize = 256;
 /// Values deleted by one command: they become one change, which other regions apply whole.
 const VALUES_PER_COMMAND: usize = 128;
+/// Entries of the ledger forgotten by one command: each is looked at by every replica.
+const CONFLICTS_PER_COMMAND: usize = 1024;
 /// Commands of one look at one shard, so that no shard starves the others.
 const COMMANDS_PER_LOOK: usize = 32;
 /// How long one proposal may take.
 const PROPOSAL_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// What was let go since the process started, by this node as a leader.
+#[derive(Debug, Default)]
+pub struct CollectCounts {
+    aged: AtomicU64,
+    over_budget: AtomicU64,
+}
+
+impl CollectCounts {
+    /// Entries of the ledger that were old enough.
+    pub fn conflicts_aged(&self) -> u64 {
+        self.aged.load(Ordering::Relaxed)
+    }
+
+    /// Entries of the ledger that went before their time, for its size.
+    pub fn conflicts_over_budget(&self) -> u64 {
+        self.over_budget.load(Ordering::Relaxed)
+    }
+}
+
+/// A time before which something may be forgotten, and when that was found.
+#[derive(Debug, Default)]
+struct Horizon(Option<(HybridTime, Instant)>);
+
+impl Horizon {
+    /// Moves to `retention` before `clock`, but at most twice as fast as this machine's steady clock, so
+    /// that a jump of the wall clock does not forget all at once.
+    fn advance(&mut self, clock: HybridTime, retention: Duration) -> HybridTime {
+        let now = Instant::now();
+        let retention_ms = u64::try_from(retention.as_millis()).unwrap_or(u64::MAX);
+        let wall_ms = clock.physical_ms().saturating_sub(retention_ms);
+        let ms = match self.0 {
+            None => wall_ms,
+            Some((last, at)) => {
+                let steps = u64::try_from(now.duration_since(at).as_millis()).unwrap_or(u64::MAX);
+                wall_ms.min(last.physical_ms().saturating_add(steps.saturating_mul(2)))
+            }
+        };
+        let horizon = HybridTime::new(ms, 0).unwrap_or(HybridTime::ZERO);
+        self.0 = Some((horizon, now));
+        horizon
+    }
+}
+
 /// Collects for all shards that this node leads.
 pub struct Collector {
     shards: Shards,
     config: CollectConfig,
-    /// Requests executed before this may be forgotten, and when that was found.
-    horizon: Option<(HybridTime, Instant)>,
+    /// Requests executed before this may be forgotten.
+    requests: Horizon,
+    /// Entries of the ledger noted before this may be forgotten.
+    conflicts: Horizon,
+    counts: Arc<CollectCounts>,
     /// Where the next look at a namespace's tombstones begins.
     tombstones_from: BTreeMap<(ShardId, NamespaceId), Bytes>,
 }
@@ -62,7 +124,19 @@ pub struct Collector {
 impl Collector {
     /// A collector for `shards`.
     pub fn new(shards: Shards, config: CollectConfig) -> Self {
-        Self { shards, config, horizon: None, tombstones_from: BTreeMap::new() }
+        Self {
+            shards,
+            config,
+            requests: Horizon::default(),
+            conflicts: Horizon::default(),
+            counts: Arc::default(),
+            tombstones_from: BTreeMap::new(),
+        }
+    }
+
+    /// What it has let go so far.
+    pub fn counts(&self) -> Arc<CollectCounts> {
+        Arc::clone(&self.counts)
     }
 
     /// Collects until `shutdown` fires.
@@ -76,10 +150,12 @@ impl Collector {
                 () = shutdown.cancelled() => return,
                 _ = ticks.tick() => {}
             }
-            let horizon = self.move_horizon();
+            let (clock, config) = (self.shards.clock().now(), &self.config);
+            let requests = self.requests.advance(clock, config.request_retention);
+            let conflicts = self.conflicts.advance(clock, config.ledger_retention);
             let shards = self.shards.clone();
             for shard in shards.iter().filter(|shard| shard.is_leader()) {
-                if let Err(error) = self.collect(shard, horizon).await {
+                if let Err(error) = self.collect(shard, requests, conflicts).await {
                     // A lost leader or a slow majority: the next look tries again.
                     tracing::debug!(shard = %shard.id(), %error, "collection postponed");
                 }
@@ -87,30 +163,16 @@ impl Collector {
         }
     }
 
-    /// The time before which requests may be forgotten. It moves at most twice as fast as this
-    /// machine's steady clock, so that a jump of the wall clock does not forget them all at once.
-    fn move_horizon(&mut self) -> HybridTime {
-        let now = Instant::now();
-        let back = |time: HybridTime, by: Duration| {
-            time.physical_ms().saturating_sub(u64::try_from(by.as_millis()).unwrap_or(u64::MAX))
-        };
-        let wall_ms = back(self.shards.clock().now(), self.config.request_retention);
-        let ms = match self.horizon {
-            None => wall_ms,
-            Some((last, at)) => {
-                let steps = u64::try_from(now.duration_since(at).as_millis()).unwrap_or(u64::MAX);
-                wall_ms.min(last.physical_ms().saturating_add(steps.saturating_mul(2)))
-            }
-        };
-        let horizon = HybridTime::new(ms, 0).unwrap_or(HybridTime::ZERO);
-        self.horizon = Some((horizon, now));
-        horizon
-    }
-
-    /// Tries all four, whatever becomes of the others, and answers the first error.
-    async fn collect(&mut self, shard: &Shard, horizon: HybridTime) -> Result<(), ShardError> {
+    /// Tries all five, whatever becomes of the others, and answers the first error.
+    async fn collect(
+        &mut self,
+        shard: &Shard,
+        requests: HybridTime,
+        conflicts: HybridTime,
+    ) -> Result<(), ShardError> {
         let trimmed = self.trim_change_log(shard).await;
-        let forgotten = self.forget_requests(shard, horizon).await;
+        let forgotten = self.forget_requests(shard, requests).await;
+        let forgotten = forgotten.and(self.forget_conflicts(shard, conflicts).await);
         if shard.own_member().state != MemberState::Active {
             // It may lack what its former life wrote, and must not conclude anything from that.
             return trimmed.and(forgotten);
@@ -179,6 +241,39 @@ impl Collector {
                 );
             }
             shard.trim(namespace, upto, Instant::now() + PROPOSAL_TIMEOUT).await?;
+        }
+        Ok(())
+    }
+
+    /// Lets the oldest entries of the ledger go: those noted before `before`, and what exceeds the
+    /// budget. Those of namespaces that were deleted go like all others.
+    async fn forget_conflicts(&self, shard: &Shard, before: HybridTime) -> Result<(), ShardError> {
+        let budget = self.config.ledger_bytes;
+        for namespace in shard.store().ledger_sizes().into_keys() {
+            for _ in 0..COMMANDS_PER_LOOK {
+                let store = shard.store().clone();
+                let search = move || {
+                    store.conflicts_to_forget(namespace, before, budget, CONFLICTS_PER_COMMAND)
+                };
+                let found = blocking(search).await?;
+                if found.is_empty() {
+                    break;
+                }
+                let aged = found.iter().filter(|noted| noted.at < before).count() as u64;
+                let over_budget = found.len() as u64 - aged;
+                if over_budget > 0 {
+                    tracing::warn!(
+                        shard = %shard.id(),
+                        %namespace,
+                        entries = over_budget,
+                        budget_bytes = budget,
+                        "the ledger exceeds its budget; its oldest conflicts go early"
+                    );
+                }
+                shard.forget_conflicts(namespace, found, Instant::now() + PROPOSAL_TIMEOUT).await?;
+                self.counts.aged.fetch_add(aged, Ordering::Relaxed);
+                self.counts.over_budget.fetch_add(over_budget, Ordering::Relaxed);
+            }
         }
         Ok(())
     }

@@ -25,7 +25,7 @@ mod shards;
 mod write;
 
 pub use clock::Clock;
-pub use collect::{CollectConfig, Collector, blocking};
+pub use collect::{CollectConfig, CollectCounts, Collector, blocking};
 pub use error::ShardError;
 pub use headroom::Headroom;
 pub use membership::follow_regions;

@@ -8,9 +8,10 @@ use tombolo_core::{
     Actor, Change, Command, Dot, Member, MemberState, Members, NamespaceId, Outcome, RegionId,
     RequestId, VersionVector,
     command::{
-        Advance, Check, Collect, Expire, FailedCheck, ForgetReviewed, Ingest, Ingested,
-        LinkSetting, Merge, Merged, Operation, StartOver, Trim, Write, Written,
+        Advance, Check, Collect, Expire, FailedCheck, ForgetConflicts, ForgetReviewed, Ingest,
+        Ingested, LinkSetting, Merge, Merged, Operation, StartOver, Trim, Write, Written,
     },
+    ledger::Noted,
     namespace::Namespace,
     typed::{Mutation, Refused},
 };
@@ -164,6 +165,7 @@ impl Shard {
             rule: namespace.rule,
             local: self.actor(),
             source,
+            time: self.inner.clock.now(),
             changes,
         };
         match self.propose(&Command::Ingest(ingest), deadline).await? {
@@ -330,6 +332,17 @@ impl Shard {
         deadline: Instant,
     ) -> Result<(), ShardError> {
         let command = Command::ForgetReviewed(ForgetReviewed { namespace, writes });
+        self.propose(&command, deadline).await.map(|_| ())
+    }
+
+    /// Forgets entries of the ledger.
+    pub(crate) async fn forget_conflicts(
+        &self,
+        namespace: NamespaceId,
+        entries: Vec<Noted>,
+        deadline: Instant,
+    ) -> Result<(), ShardError> {
+        let command = Command::ForgetConflicts(ForgetConflicts { namespace, entries });
         self.propose(&command, deadline).await.map(|_| ())
     }
 

@@ -12,13 +12,13 @@ use std::{cell::RefCell, collections::BTreeMap, ops::Bound};
 use bytes::Bytes;
 use rocksdb::{WriteBatch, WriteOptions};
 use tombolo_core::{
-    Actor, Change, Content, Dot, NamespaceId, Outcome, Record, RegionId, RequestId, ShardState,
-    VersionVector,
+    Actor, Change, Content, Dot, HybridTime, NamespaceId, Outcome, Record, RegionId, RequestId,
+    ShardState, VersionVector,
     codec::Writer,
     command::{LinkSetting, Remembered},
     decode_batch, execute,
     execute::to_review,
-    ledger::LedgerEntry,
+    ledger::{LedgerEntry, Noted},
     members::Members,
     merkle,
     record::Sibling,
@@ -27,7 +27,8 @@ use tombolo_core::{
 use crate::{
     Position, ShardStore, StorageError,
     changes::{HEADER_BYTES, encode_header},
-    layout::{Expiring, Keys, Kind, Meta, TreeKey, ledger_id},
+    layout::{Expiring, Keys, Kind, Meta, TreeKey},
+    ledger::LedgerChanges,
     shard::{
         Applying, Shard, View, encode_links, encode_members, encode_membership, encode_vector,
     },
@@ -110,8 +111,9 @@ impl ShardStore {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Stored {
     Nowhere,
-    /// Among the records, with this digest and these values that expire.
-    Live(u64, Vec<Expiring>),
+    /// Among the records, with this digest, these values that expire, and, if it has several siblings,
+    /// the time of the latest.
+    Live(u64, Vec<Expiring>, Option<HybridTime>),
     /// Among the tombstones.
     Dead,
 }
@@ -121,22 +123,31 @@ impl Stored {
         match record {
             None => Self::Nowhere,
             Some(record) if record.is_dead() => Self::Dead,
-            Some(record) if KEEPS_TREE => Self::Live(merkle::digest(key, record), expiring(record)),
-            Some(record) => Self::Live(0, expiring(record)),
+            Some(record) => {
+                let digest = if KEEPS_TREE { merkle::digest(key, record) } else { 0 };
+                Self::Live(digest, expiring(record), open_since(record))
+            }
         }
     }
 
     const fn digest(&self) -> u64 {
         match self {
-            Self::Live(digest, _) => *digest,
+            Self::Live(digest, ..) => *digest,
             Self::Nowhere | Self::Dead => 0,
         }
     }
 
     fn expiring(&self) -> &[Expiring] {
         match self {
-            Self::Live(_, expiring) => expiring,
+            Self::Live(_, expiring, _) => expiring,
             Self::Nowhere | Self::Dead => &[],
+        }
+    }
+
+    const fn open_since(&self) -> Option<HybridTime> {
+        match self {
+            Self::Live(_, _, since) => *since,
+            Self::Nowhere | Self::Dead => None,
         }
     }
 
@@ -155,6 +166,14 @@ fn expiring(record: &Record) -> Vec<Expiring> {
         | Content::Reset { .. } => None,
     };
     record.siblings().iter().filter_map(value).collect()
+}
+
+/// Since when a record waits for somebody to settle it: the time of the latest of several siblings, unless
+/// they say the same, as elements of sets do. Every region says the same of the same record.
+fn open_since(record: &Record) -> Option<HybridTime> {
+    let siblings = record.siblings();
+    let differ = siblings.windows(2).any(|pair| pair[0].content != pair[1].content);
+    (differ && !record.is_dead()).then(|| record.latest_time())
 }
 
 /// A record that the run changes.
@@ -203,6 +222,8 @@ struct Run<'a> {
     started_over: bool,
     /// Results that were remembered (`None`: forgotten) in this run.
     requests: BTreeMap<RequestId, Option<Bytes>>,
+    /// Entries of the ledger that came or went in this run.
+    ledger: LedgerChanges,
     /// The changes that were appended in this run.
     appended: BTreeMap<(NamespaceId, Actor), Vec<Appended>>,
     membership: Option<(Position, Bytes)>,
@@ -257,6 +278,7 @@ impl<'a> Run<'a> {
             members: None,
             started_over: false,
             requests: BTreeMap::new(),
+            ledger: LedgerChanges::default(),
             appended: BTreeMap::new(),
             membership: None,
             failure: None,
@@ -325,6 +347,7 @@ impl<'a> Run<'a> {
                 None => self.batch.delete(self.keys.dedup(request)),
             }
         }
+        self.ledger.write(&mut self.keys, &mut self.batch);
         for (&namespace, frontier) in &self.frontiers {
             let key = self.keys.meta(Meta::Frontier(namespace));
             self.batch.put(key, encode_vector(frontier));
@@ -374,6 +397,7 @@ impl<'a> Run<'a> {
                     view.tombstones.insert(namespace, count);
                 }
             }
+            self.ledger.count(&mut view.ledgers);
             for (&namespace, changes) in &leaves {
                 let tree = view.trees.entry(namespace).or_default();
                 changes.iter().for_each(|&(leaf, change)| tree.toggle(leaf, change));
@@ -444,6 +468,18 @@ impl<'a> Run<'a> {
             }
             if !leaves.is_empty() {
                 written.leaves.insert(namespace, leaves);
+            }
+            for (key, Touched { was, now }) in records {
+                let (was, is) = (was.open_since(), now.as_ref().and_then(open_since));
+                if was == is {
+                    continue;
+                }
+                if let Some(since) = was {
+                    self.batch.delete(self.keys.open(namespace, since, key));
+                }
+                if let Some(since) = is {
+                    self.batch.put(self.keys.open(namespace, since, key), b"");
+                }
             }
             // Another part of the key space: for itself, in order.
             for (key, Touched { was, now }) in records {
@@ -608,6 +644,8 @@ impl<'a> Run<'a> {
         }
         let data = self.keys.kind_start(Kind::Record).to_vec();
         self.batch.delete_range(&data[..], self.keys.kind_end(Kind::Expiry));
+        let noted = self.keys.kind_start(Kind::Noted).to_vec();
+        self.batch.delete_range(&noted[..], self.keys.kind_end(Kind::Open));
         let vectors = self.keys.vectors_start().to_vec();
         self.batch.delete_range(&vectors[..], self.keys.vectors_end());
         for (namespace, key, held) in review {
@@ -624,6 +662,7 @@ impl<'a> Run<'a> {
         self.trimmed.clear();
         self.ahead.clear();
         self.requests.clear();
+        self.ledger = LedgerChanges::default();
         self.appended.clear();
         self.last_read.replace(None);
         Ok(())
@@ -791,8 +830,17 @@ impl ShardState for Run<'_> {
     }
 
     fn add_to_ledger(&mut self, namespace: NamespaceId, entry: LedgerEntry) {
-        let id = ledger_id(entry.id(namespace));
-        self.batch.put(self.keys.ledger(namespace, &id), entry.to_bytes());
+        let (shard, is_empty) = (self.shard, self.started_over);
+        if let Err(error) = self.ledger.add(shard, is_empty, namespace, &entry) {
+            self.failure.get_or_insert(error);
+        }
+    }
+
+    fn forget_conflict(&mut self, namespace: NamespaceId, noted: Noted) {
+        let (shard, is_empty) = (self.shard, self.started_over);
+        if let Err(error) = self.ledger.forget(shard, is_empty, namespace, noted) {
+            self.failure.get_or_insert(error);
+        }
     }
 
     fn remembered(&self, request: RequestId) -> Result<Option<Remembered>, StorageError> {

@@ -14,6 +14,8 @@
 //! | 7 tree | namespace u32, then 0 and a leaf's high byte, or 1 and a log index u64 | see `tree.rs` |
 //! | 9 expiry | namespace u32, region u16, time u64, incarnation u32, seq u64, the user's key | nothing: values of a region's writes, by the time at which they expire |
 //! | 8 tombstone | namespace u32, the user's key | `core::Record` without a value |
+//! | 11 noted | namespace u32, time u64, ledger id 16 bytes | `core::ledger::LedgerHead`: the ledger by the time when it was noted |
+//! | 12 open | namespace u32, time u64, the user's key | nothing: keys with several siblings, by the time of the latest |
 //! | 10 review | namespace u32, region u16, incarnation u32, seq u64, the user's key | `core::record::Sibling`: a value that was not taken along when the region started over |
 //!
 //! Keys of the whole store start with `0xffff`, which is no shard. `docs/format.md` describes
@@ -23,7 +25,9 @@
 //! to [`shard_end`].
 
 use tombolo_core::{
-    Actor, Dot, HybridTime, NamespaceId, RegionId, RequestId, ShardId, ledger::LedgerId, merkle,
+    Actor, Dot, HybridTime, NamespaceId, RegionId, RequestId, ShardId,
+    ledger::{LedgerId, Noted},
+    merkle,
 };
 
 /// Bytes before a key's rest.
@@ -56,6 +60,10 @@ pub(crate) enum Kind {
     Expiry = 9,
     /// Values that only this region had when it started over. No data: people look at them.
     Review = 10,
+    /// Heads of the ledger's entries, by the time when they were noted.
+    Noted = 11,
+    /// Keys with several siblings, by the time of the latest.
+    Open = 12,
 }
 
 /// Facts about a shard.
@@ -145,6 +153,23 @@ impl Keys {
 
     pub(crate) fn ledger(&mut self, namespace: NamespaceId, id: &[u8]) -> &[u8] {
         self.in_namespace(Kind::Ledger, namespace, id)
+    }
+
+    /// Names an entry of the ledger by the time when it was noted.
+    pub(crate) fn noted(&mut self, namespace: NamespaceId, noted: Noted) -> &[u8] {
+        self.in_namespace(Kind::Noted, namespace, &noted.to_bytes())
+    }
+
+    /// Where the entries of a namespace's ledger begin that were noted at `at` or later.
+    pub(crate) fn noted_start(&mut self, namespace: NamespaceId, at: HybridTime) -> &[u8] {
+        self.in_namespace(Kind::Noted, namespace, &at.to_bits().to_be_bytes())
+    }
+
+    /// Names a key with several siblings, the latest of which was written at `since`.
+    pub(crate) fn open(&mut self, namespace: NamespaceId, since: HybridTime, key: &[u8]) -> &[u8] {
+        self.in_namespace(Kind::Open, namespace, &since.to_bits().to_be_bytes());
+        self.buffer.extend_from_slice(key);
+        &self.buffer
     }
 
     /// Names `key` in the hash index.
@@ -296,6 +321,17 @@ pub(crate) struct Expiring {
     pub(crate) dot: Dot,
 }
 
+/// Since when the key of an open key waits, and which it is.
+pub(crate) fn open_key(key: &[u8]) -> Option<(HybridTime, &[u8])> {
+    let (since, key) = key.get(RECORD_PREFIX_BYTES..)?.split_first_chunk::<8>()?;
+    Some((HybridTime::from_bits(u64::from_be_bytes(*since)), key))
+}
+
+/// The namespace of a key in the ledger by time, and where the entry stands.
+pub(crate) fn noted(key: &[u8]) -> Option<(NamespaceId, Noted)> {
+    Some((key_namespace(key)?, Noted::from_bytes(key.get(RECORD_PREFIX_BYTES..)?)?))
+}
+
 /// The user's key of a review key.
 pub(crate) fn reviewed_key(key: &[u8]) -> Option<&[u8]> {
     key.get(RECORD_PREFIX_BYTES + 2 + 4 + 8..)
@@ -421,7 +457,17 @@ mod tests {
         assert_eq!(expiring(&expiry), Some((value, &b"k"[..])));
         assert!(expiry > keys.expiry_start(NamespaceId(5), actor.region, value.at).to_vec());
 
-        for key in [change, dedup, record, hash, expiry] {
+        let place = Noted { at: HybridTime::from_bits(7), id: LedgerId([3; 16]) };
+        let noted_key = keys.noted(NamespaceId(5), place).to_vec();
+        assert_eq!(noted(&noted_key), Some((NamespaceId(5), place)));
+        assert!(noted_key > keys.noted_start(NamespaceId(5), place.at).to_vec());
+        assert!(noted_key < keys.noted_start(NamespaceId(5), place.at.next()).to_vec());
+
+        let open = keys.open(NamespaceId(5), value.at, b"k").to_vec();
+        assert_eq!(open_key(&open), Some((value.at, &b"k"[..])));
+        assert!(open < keys.open(NamespaceId(5), value.at.next(), b"").to_vec());
+
+        for key in [change, dedup, record, hash, expiry, noted_key, open] {
             assert!(start < key && key < end);
         }
     }

@@ -1,4 +1,4 @@
-//! Reads of one shard: points, scans, ledger, old requests.
+//! Reads of one shard: points, scans, old requests.
 //!
 //! Every call sees one moment of the store, and does a bounded amount of work: a scan over many
 //! tombstones answers an empty page with a resume key instead of taking for ever.
@@ -8,9 +8,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use rocksdb::{DBRawIterator, ReadOptions, Snapshot};
 use tombolo_core::{
-    Dot, HybridTime, NamespaceId, Record, RegionId, RequestId, VersionVector,
-    command::Remembered,
-    ledger::{LedgerEntry, LedgerId},
+    Dot, HybridTime, NamespaceId, Record, RegionId, RequestId, VersionVector, command::Remembered,
     record::Sibling,
 };
 
@@ -127,11 +125,6 @@ impl Shard {
             self.check(&pairs)?;
         }
         Ok(())
-    }
-
-    pub(crate) fn decode_ledger(&self, value: &[u8]) -> Result<LedgerEntry, StorageError> {
-        let entry = LedgerEntry::from_bytes(Bytes::copy_from_slice(value));
-        entry.map_err(|error| StorageError::value(self.id, "ledger entry", &error))
     }
 }
 
@@ -274,6 +267,19 @@ impl ShardStore {
         Ok(found.is_some())
     }
 
+    /// What is remembered of a request.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn remembered(&self, request: RequestId) -> Result<Option<Remembered>, StorageError> {
+        let found = self.inner.get(Keys::new(self.inner.id).dedup(request))?;
+        let read = |value: &[u8]| Remembered::from_bytes(Bytes::copy_from_slice(value));
+        found
+            .map(|value| read(&value))
+            .transpose()
+            .map_err(|error| StorageError::value(self.inner.id, "dedup", &error))
+    }
+
     /// Keys and records of a namespace's tombstones, in order of the keys: at most `limit` from
     /// `start` on.
     ///
@@ -370,35 +376,40 @@ impl ShardStore {
         Pinned { shard, snapshot, namespace, frontier }
     }
 
-    /// Ledger entries of a namespace in the order of their ids: at most `limit` after the id
-    /// `after`.
+    /// Keys of a namespace that hold several siblings, with the time of the latest, in that order, then
+    /// in that of the keys: at most `limit` after `after`.
     ///
     /// # Errors
-    /// If an entry cannot be read.
-    pub fn ledger(
+    /// If they cannot be read.
+    pub fn open_keys(
         &self,
         namespace: NamespaceId,
-        after: Option<Bytes>,
+        after: Option<(HybridTime, &[u8])>,
         limit: usize,
-    ) -> Result<Vec<LedgerEntry>, StorageError> {
+    ) -> Result<Vec<(HybridTime, Bytes)>, StorageError> {
         let shard = &*self.inner;
         let mut keys = Keys::new(shard.id);
-        let mut start = keys.ledger(namespace, after.as_deref().unwrap_or_default()).to_vec();
+        let mut start = match after {
+            Some((since, key)) => keys.open(namespace, since, key).to_vec(),
+            None => keys.in_namespace(Kind::Open, namespace, b"").to_vec(),
+        };
         if after.is_some() {
             start.push(0);
         }
-        let end = keys.namespace_end(Kind::Ledger, namespace).to_vec();
-        let mut pairs = shard.iterate(start, end, true);
+        let end = keys.namespace_end(Kind::Open, namespace).to_vec();
+        let mut pairs = shard.iterate(start, end, false);
         pairs.seek_to_first();
-        let mut entries = Vec::new();
-        while entries.len() < limit
-            && let Some(value) = pairs.value()
+        let mut found = Vec::new();
+        while found.len() < limit
+            && let Some(entry) = pairs.key()
         {
-            entries.push(shard.decode_ledger(value)?);
+            let (since, key) =
+                layout::open_key(entry).ok_or_else(|| StorageError::key(shard.id, "open"))?;
+            found.push((since, Bytes::copy_from_slice(key)));
             pairs.next();
         }
         shard.check(&pairs)?;
-        Ok(entries)
+        Ok(found)
     }
 
     /// Values that were kept for review when this region started over, and that no other region
@@ -432,20 +443,6 @@ impl ShardStore {
         }
         shard.check(&pairs)?;
         Ok(found)
-    }
-
-    /// One ledger entry.
-    ///
-    /// # Errors
-    /// If it cannot be read.
-    pub fn ledger_entry(
-        &self,
-        namespace: NamespaceId,
-        id: LedgerId,
-    ) -> Result<Option<LedgerEntry>, StorageError> {
-        let mut keys = Keys::new(self.inner.id);
-        let value = self.inner.get(keys.ledger(namespace, &layout::ledger_id(id)))?;
-        value.map(|value| self.inner.decode_ledger(&value)).transpose()
     }
 
     /// Remembered requests that were executed before `before`: at most `limit`.

@@ -21,6 +21,7 @@ use crate::{
     StorageError,
     engine::Engine,
     layout::{self, Keys, Kind, Meta, PREFIX_BYTES},
+    ledger::LedgerSize,
     tree::Gathered,
 };
 
@@ -206,6 +207,8 @@ pub(crate) struct View {
     pub(crate) members: Members,
     /// How many tombstones each namespace has, where it is not 0.
     pub(crate) tombstones: BTreeMap<NamespaceId, u64>,
+    /// What the ledger of each namespace has, where it is not empty.
+    pub(crate) ledgers: BTreeMap<NamespaceId, LedgerSize>,
     /// The Merkle tree over each namespace's records.
     pub(crate) trees: BTreeMap<NamespaceId, Tree>,
 }
@@ -291,6 +294,7 @@ impl Shard {
         }
         self.check(&pairs)?;
         view.tombstones = self.count_tombstones()?;
+        view.ledgers = self.measure_ledgers()?;
         Ok(view)
     }
 
@@ -435,6 +439,7 @@ impl View {
         self.trimmed.clear();
         self.ahead.clear();
         self.tombstones.clear();
+        self.ledgers.clear();
         self.trees.clear();
     }
 

@@ -15,18 +15,18 @@ use tombolo_core::{
     Actor, Change, Command, Content, HybridTime, NamespaceId, Outcome, Record, RegionId, RequestId,
     Rule, ShardId, ShardState, VersionVector,
     command::{
-        Check, Collect, Condition, Expire, ForgetReviewed, Ingest, LinkSetting, Operation,
-        Remembered, StartOver, Trim, Write,
+        Check, Collect, Condition, Expire, ForgetConflicts, ForgetReviewed, Ingest, LinkSetting,
+        Operation, Remembered, StartOver, Trim, Write,
     },
     encode_batch, execute,
-    ledger::LedgerEntry,
+    ledger::{LedgerEntry, LedgerHead},
     members::{Member, MemberState},
     merkle::{self, Tree},
     testing::{MemoryRepair, MemoryState},
 };
 
 use crate::{
-    ApplyEntry, ApplyPayload, Position, ShardStore, Store, StoreConfig,
+    ApplyEntry, ApplyPayload, LedgerSize, Position, ShardStore, Store, StoreConfig,
     changes::HEADER_BYTES,
     layout::{self, Kind, Meta},
     shard::{decode_links, decode_members},
@@ -158,7 +158,8 @@ pub(crate) fn run_write(shard: &ShardStore, write: Write) -> Outcome {
 pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
     let inner = &*shard.inner;
     let mut state = MemoryState::default();
-    let mut indexed = BTreeSet::new();
+    let (mut indexed, mut open) = (BTreeSet::new(), BTreeSet::new());
+    let mut heads = BTreeMap::new();
     let mut pairs =
         inner.iterate(layout::shard_start(inner.id), layout::shard_end(inner.id), false);
     pairs.seek_to_first();
@@ -216,6 +217,15 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
                 let user_key = Bytes::copy_from_slice(layout::reviewed_key(key).unwrap());
                 state.review.insert((namespace(), user_key, held.dot), held);
             }
+            kind if kind == Kind::Noted as u8 => {
+                let (namespace, noted) = layout::noted(key).unwrap();
+                let before = heads.insert((namespace, noted.id), (noted, value));
+                assert_eq!(before, None, "an entry was noted twice");
+            }
+            kind if kind == Kind::Open as u8 => {
+                let (since, key) = layout::open_key(key).unwrap();
+                open.insert((namespace(), Bytes::copy_from_slice(key), since));
+            }
             kind if kind == Kind::Tree as u8 || kind == Kind::Hash as u8 => {}
             kind => panic!("unknown kind {kind}"),
         }
@@ -231,6 +241,22 @@ pub(crate) fn dump(shard: &ShardStore) -> MemoryState {
         }
     }
     assert_eq!(indexed, expiring, "the index of what expires is not that of the records");
+    let is_open = |record: &Record| record.live_at(HybridTime::ZERO).count() > 1;
+    let several = state.records.iter().filter(|(_, record)| is_open(record));
+    let several: BTreeSet<_> = several
+        .map(|((namespace, key), record)| (*namespace, key.clone(), record.latest_time()))
+        .collect();
+    assert_eq!(open, several, "the index of open keys is not that of the records");
+    let (mut sizes, mut expected) = (BTreeMap::<_, LedgerSize>::new(), BTreeMap::new());
+    for (&(namespace, id), entry) in &state.ledger {
+        let bytes = entry.to_bytes().len() as u64;
+        let size = sizes.entry(namespace).or_default();
+        (size.entries, size.bytes) = (size.entries + 1, size.bytes + bytes);
+        let head = LedgerHead::new(entry, bytes).to_bytes();
+        expected.insert((namespace, id), (entry.place(namespace), head));
+    }
+    assert_eq!(heads, expected, "the ledger by time is not that of the entries");
+    assert_eq!(shard.ledger_sizes(), sizes);
     let mut dead = BTreeMap::new();
     for ((namespace, _), _) in state.records.iter().filter(|(_, record)| record.is_dead()) {
         *dead.entry(*namespace).or_default() += 1;
@@ -271,6 +297,8 @@ pub(crate) enum Event {
     Collect { sibling: bool, quarters: u8 },
     /// Requests are forgotten.
     Forget(Vec<(u8, u8)>),
+    /// An entry of the ledger is forgotten, or one that was noted at another time.
+    ForgetConflict { place: prop::sample::Index, is_another: bool },
     /// Values of this region that have expired go.
     Expire { sibling: bool },
     /// A link is paused, or not.
@@ -310,6 +338,8 @@ pub(crate) fn events() -> impl Strategy<Value = Vec<Vec<Event>>> {
         1 => (any::<bool>(), 0u8..5)
             .prop_map(|(sibling, quarters)| Event::Collect { sibling, quarters }),
         1 => prop::collection::vec(request, 1..4).prop_map(Event::Forget),
+        1 => (any::<prop::sample::Index>(), prop::bool::weighted(0.2))
+            .prop_map(|(place, is_another)| Event::ForgetConflict { place, is_another }),
         1 => any::<bool>().prop_map(|sibling| Event::Expire { sibling }),
         1 => any::<bool>().prop_map(|paused| Event::SetLink { paused }),
         1 => prop::bool::weighted(0.5).prop_map(|known| Event::StartOver { known }),
@@ -434,6 +464,18 @@ impl World {
                 let member = Member { incarnation, state: MemberState::Active };
                 Command::Learn([(LOCAL.region, member)].into_iter().collect())
             }
+            Event::ForgetConflict { place, is_another } => {
+                let entries: Vec<_> = self.local.ledger.iter().collect();
+                if entries.is_empty() {
+                    return None;
+                }
+                let (&(namespace, _), entry) = entries[place.index(entries.len())];
+                let mut noted = entry.place(namespace);
+                if *is_another {
+                    noted.at = noted.at.next();
+                }
+                Command::ForgetConflicts(ForgetConflicts { namespace, entries: vec![noted] })
+            }
             Event::ForgetReviewed => {
                 let (namespace, key, dot) = self.local.review.keys().next()?.clone();
                 let writes = vec![(key, dot)];
@@ -473,8 +515,13 @@ impl World {
 
 pub(crate) fn ingest(namespace: NamespaceId, local: Actor, changes: Vec<Change>) -> Command {
     let source = if local == REMOTE { LOCAL } else { REMOTE };
-    let rule = rule(namespace);
-    Command::Ingest(Ingest { namespace, rule, local, source, changes })
+    let (rule, time) = (rule(namespace), time_of(&changes));
+    Command::Ingest(Ingest { namespace, rule, local, source, time, changes })
+}
+
+/// When changes may have come: not before they were written.
+fn time_of(changes: &[Change]) -> HybridTime {
+    changes.iter().map(Change::time).max().unwrap_or(HybridTime::ZERO)
 }
 
 pub(crate) fn request_id(client: u8, number: u8) -> RequestId {

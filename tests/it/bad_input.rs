@@ -88,7 +88,7 @@ async fn each_bad_request_has_its_own_reason_and_changes_nothing() {
                 value: Some(pb::Value { kind: Some(pb::value::Kind::Counter(1)) }),
                 ..put("k", "v")
             },
-            Reason::NotImplemented,
+            Reason::TypeMismatch,
         ),
     ];
     for (request, expected) in cases {
@@ -153,7 +153,7 @@ async fn strangers_on_the_link_and_raft_ports_are_told_what_differs() {
         to_region: "us".into(),
         from_region_number: 2,
         shard_count: 2,
-        protocol: 2,
+        protocol: 3,
         from_incarnation: 1,
         from_joining: false,
     };

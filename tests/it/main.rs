@@ -3,6 +3,7 @@
 //! What needs whole processes (kill -9, partitions, the tour) is in `tests/tour.rs`.
 
 mod bad_input;
+mod conflicts;
 mod data;
 mod link_status;
 mod members;

@@ -34,6 +34,13 @@ async fn a_counter_added_to_in_three_regions_while_they_are_apart_is_exact() {
         for other in names.into_iter().filter(|other| *other != name) {
             client.admin().pause_link(other).await.expect("paused");
         }
+        wait_until("nothing is pulled any more", async || {
+            let links = client.admin().list_links(None).await.map(|it| it.links);
+            links.is_ok_and(|links| {
+                !links.is_empty() && links.iter().all(|it| it.phase() == proto::LinkPhase::Paused)
+            })
+        })
+        .await;
     }
     for name in names {
         let client = cluster.client(name).await;

@@ -11,7 +11,7 @@ use tombolo_core::{
     Actor, Change, Command, Dot, HybridClock, HybridTime, NamespaceId, Record, RegionId, RequestId,
     ShardState, VersionVector,
     command::{LinkSetting, Remembered},
-    ledger::LedgerEntry,
+    ledger::{LedgerEntry, Noted},
     members::{FenceTold, Member, MemberState, Members},
     merkle::{Tree, digest, leaf_of},
     relay::Relays,
@@ -148,6 +148,10 @@ impl ShardState for Data {
 
     fn add_to_ledger(&mut self, namespace: NamespaceId, entry: LedgerEntry) {
         self.memory.add_to_ledger(namespace, entry);
+    }
+
+    fn forget_conflict(&mut self, namespace: NamespaceId, noted: Noted) {
+        self.memory.forget_conflict(namespace, noted);
     }
 
     fn remembered(&self, request: RequestId) -> Result<Option<Remembered>, Infallible> {
@@ -339,6 +343,11 @@ impl Region {
     }
 
     /// What its wall clock shows.
+    pub fn wall_time(&self, now: Duration) -> HybridTime {
+        HybridTime::new(self.wall_ms(now), 0).unwrap_or(HybridTime::MAX)
+    }
+
+    /// The same in milliseconds.
     pub fn wall_ms(&self, now: Duration) -> u64 {
         // Some days after the epoch, so that a jump back stays after it.
         let true_ms = i64::try_from(now.as_millis()).unwrap_or(i64::MAX) + 5 * 24 * 3_600_000;

@@ -547,9 +547,10 @@ impl World {
                 members.iter().map(one).collect::<Vec<_>>().join(", ")
             }
             Command::StartOver(start) => format!("start over as {}", start.local),
-            Command::ForgetRequests(_) | Command::SetLink(..) | Command::ForgetReviewed(_) => {
-                "another".to_owned()
-            }
+            Command::ForgetRequests(_)
+            | Command::SetLink(..)
+            | Command::ForgetReviewed(_)
+            | Command::ForgetConflicts(_) => "another".to_owned(),
         };
         if self.trace.is_some() {
             let id = self.regions[at].id;

@@ -6,7 +6,9 @@ use bytes::Bytes;
 use fake::{Fault, Region, joined, refusal, token};
 use futures::TryStreamExt;
 use std::time::Duration;
-use tombolo_client::{Client, ClientConfig, Code, Consistency, Dot, Error, Session, proto};
+use tombolo_client::{
+    Client, ClientConfig, Code, ConflictFilter, Consistency, Dot, Error, Resolution, Session, proto,
+};
 use tonic::Status;
 use tonic_types::{ErrorDetails, StatusExt};
 
@@ -383,4 +385,33 @@ async fn connecting_to_nobody_fails_at_once_and_by_name() {
     assert!(matches!(error, Error::Unavailable { outcome_unknown: false, .. }), "{error:?}");
     let none = Client::connect(ClientConfig::default()).await;
     assert!(matches!(none, Err(Error::Invalid { .. })));
+}
+
+#[tokio::test]
+async fn a_settlement_of_unknown_outcome_is_repeated_with_its_request_id() {
+    let region = Region::start(2).await;
+    let conflicts = connect(&region).await.conflicts("default");
+    let filter = ConflictFilter::default();
+    let list = conflicts.list(&filter, 99).await.unwrap();
+    let ids: Vec<_> = list.rows.iter().map(|row| row.id.clone()).collect();
+    assert_eq!(ids, [format!("{:032x}", 3), format!("{:032x}", 2), format!("{:032x}", 1)]);
+    assert!(!list.more && conflicts.list(&filter, 1).await.unwrap().more);
+
+    let shown = conflicts.get(&ids[0]).await.unwrap();
+    let lost = Fault::ApplyThen(refusal(Code::Unavailable, "OUTCOME_UNKNOWN", &[]));
+    region.fail(None, "restore", lost);
+    let written = conflicts.restore(&ids[0], &shown.context).await.unwrap();
+    assert_eq!(written.dot, Dot { region: 1, incarnation: 1, seq: 9 });
+    let calls = region.calls("restore");
+    assert_eq!(calls.len(), 2);
+    assert!(calls[0].request_id.is_some() && calls[0].request_id == calls[1].request_id);
+
+    let moved = conflicts.resolve("k", "old", Resolution::Delete).await.unwrap_err();
+    assert_eq!(moved.reason(), Some("CONFLICT_MOVED"));
+    assert!(matches!(moved, Error::Precondition { .. }));
+    let open = conflicts.list_open("", 9).await.unwrap();
+    let choice = Resolution::Choose(open.rows[0].versions[0].dot.unwrap().into());
+    conflicts.resolve("cart-7", &open.rows[0].context, choice).await.unwrap();
+    assert_eq!(conflicts.stats().await.unwrap().stats.len(), 1);
+    assert_eq!(conflicts.stats_of_all().await.unwrap().stats.len(), 2);
 }

@@ -608,3 +608,152 @@ async fn completions_and_version_need_no_cluster() {
         "{\n  \"name\": \"tombolo\",\n  \"version\": \"0.1.0\"\n}\n"
     );
 }
+
+#[tokio::test]
+async fn conflicts_are_listed_shown_and_counted() {
+    let region = Region::start(1).await;
+    assert_snapshot!(line("ctl conflict list").on_tty().at(&region).await.text(), @"
+    ID                                KEY     LOST            WRITTEN                   WON  WRITTEN                   CAUSE
+    00000000000000000000000000000003  cart-3  value of eu     2023-11-14T22:13:23.000Z  us   2023-11-14T22:13:23.000Z  rule
+    00000000000000000000000000000002  cart-2  deletion of eu  2023-11-14T22:13:22.000Z  us   2023-11-14T22:13:22.000Z  rule
+    00000000000000000000000000000001  cart-1  value of eu     2023-11-14T22:13:21.000Z  us   2023-11-14T22:13:21.000Z  rule
+    ");
+    assert_snapshot!(line("ctl conflict list --key-prefix cart-2").at(&region).await.text(), @r#"{"id":"00000000000000000000000000000002","namespace":"default","key":"cart-2","winner":{"dot":{"region":1,"incarnation":1,"seq":"2"},"originRegion":"us","writeTime":"2023-11-14T22:13:22.000Z","hybridTime":"111411200131072000"},"loser":{"dot":{"region":2,"incarnation":1,"seq":"2"},"originRegion":"eu","writeTime":"2023-11-14T22:13:22.000Z","hybridTime":"111411200131072000"},"loserIsDelete":true,"cause":"CONFLICT_CAUSE_RULE","resolveTime":"2023-11-14T22:13:22.000Z","bytes":"64"}"#);
+    let some = line("ctl conflict list --limit 2 -o raw").at(&region).await;
+    assert_snapshot!(some.err, @"there are more than 2; see --limit");
+    assert_eq!(some.out.split(|byte| *byte == b'\n').count(), 3);
+    let partial = line("ctl conflict list --origin ap --since 2h").at(&region).await;
+    assert_eq!(partial.exit, Exit::Ok);
+    assert_snapshot!(partial.err, @"incomplete: no answer from shard 3");
+    assert_snapshot!(line("ctl conflict list --open").on_tty().at(&region).await.text(), @"
+    KEY     VALUES  OF     LATEST
+    cart-7  2       eu,us  2023-11-14T22:13:25.000Z
+    ");
+    assert_snapshot!(line("ctl conflict list --open").at(&region).await.text(), @r#"{"key":"cart-7","versions":[{"dot":{"region":1,"incarnation":1,"seq":"4"},"originRegion":"us","writeTime":"2023-11-14T22:13:24.000Z","hybridTime":"111411200262144000"},{"dot":{"region":2,"incarnation":1,"seq":"5"},"originRegion":"eu","writeTime":"2023-11-14T22:13:25.000Z","hybridTime":"111411200327680000"}],"context":"c2hvd24=","sinceTime":"2023-11-14T22:13:25.000Z"}"#);
+
+    let first = format!("{:032x}", 1);
+    let show = || line("ctl conflict show").word(&first);
+    assert_snapshot!(show().on_tty().at(&region).await.text(), @"
+    key      cart-1
+    rule     lww
+    cause    rule
+    noted    2023-11-14T22:13:21.000Z
+
+          VALUE     REGION  TIME                      DOT
+    lost  3 lemons  eu      2023-11-14T22:13:21.000Z  2.1:1
+    won   2 lemons  us      2023-11-14T22:13:21.000Z  1.1:1
+    now   2 lemons  us      2023-11-14T22:13:21.000Z  1.1:1
+
+    to put the lost value back, as long as the key stays as it is now:
+      tombolo ctl conflict restore 00000000000000000000000000000001 -n default --context-token 'c2hvd24='
+    ");
+    assert_snapshot!(show().word("-o").word("json").at(&region).await.text(), @r#"
+    {
+      "conflict": {
+        "id": "00000000000000000000000000000001",
+        "namespace": "default",
+        "key": "cart-1",
+        "winner": {
+          "dot": {
+            "region": 1,
+            "incarnation": 1,
+            "seq": "1"
+          },
+          "value": {
+            "data": "MiBsZW1vbnM="
+          },
+          "originRegion": "us",
+          "writeTime": "2023-11-14T22:13:21.000Z",
+          "hybridTime": "111411200065536000"
+        },
+        "loser": {
+          "dot": {
+            "region": 2,
+            "incarnation": 1,
+            "seq": "1"
+          },
+          "value": {
+            "data": "MyBsZW1vbnM="
+          },
+          "originRegion": "eu",
+          "writeTime": "2023-11-14T22:13:21.000Z",
+          "hybridTime": "111411200065536000"
+        },
+        "loserIsDelete": false,
+        "cause": "CONFLICT_CAUSE_RULE",
+        "resolveTime": "2023-11-14T22:13:21.000Z",
+        "bytes": "64"
+      },
+      "current": [
+        {
+          "dot": {
+            "region": 1,
+            "incarnation": 1,
+            "seq": "1"
+          },
+          "value": {
+            "data": "MiBsZW1vbnM="
+          },
+          "originRegion": "us",
+          "writeTime": "2023-11-14T22:13:21.000Z",
+          "hybridTime": "111411200065536000"
+        }
+      ],
+      "context": "c2hvd24=",
+      "rule": "RULE_LWW"
+    }
+    "#);
+    assert_eq!(show().word("-o").word("raw").at(&region).await.out, b"3 lemons");
+    let deleted = line("ctl conflict show").word(format!("{:032x}", 2)).on_tty().at(&region).await;
+    assert!(deleted.text().contains("lost  (deletion)"));
+    assert_snapshot!(line("ctl conflict stats").on_tty().at(&region).await.text(), @"
+    NAMESPACE  WON  LOST  CAUSE  COUNT  BYTES  OLDEST                    NEWEST
+    default    us   eu    rule   3      192    2023-11-14T22:13:21.000Z  2023-11-14T22:13:23.000Z
+    ");
+    assert_snapshot!(line("ctl conflict stats --all").at(&region).await.text(), @r##"
+    {"namespace":"default","winnerRegion":"us","loserRegion":"eu","cause":"CONFLICT_CAUSE_RULE","count":"3","bytes":"192","oldestTime":"2023-11-14T22:13:21.000Z","newestTime":"2023-11-14T22:13:23.000Z"}
+    {"namespace":"#17","winnerRegion":"us","loserRegion":"eu","cause":"CONFLICT_CAUSE_RULE","count":"1","bytes":"64","oldestTime":"2023-11-14T22:13:21.000Z","newestTime":"2023-11-14T22:13:23.000Z"}
+    "##);
+}
+
+#[tokio::test]
+async fn conflicts_are_settled_with_what_was_shown_and_with_nothing_else() {
+    let region = Region::start(1).await;
+    let first = format!("{:032x}", 1);
+    let restore = |context: &str| {
+        line("ctl conflict restore").word(&first).word("--context-token").word(context).on_tty()
+    };
+    assert_snapshot!(restore("c2hvd24=").at(&region).await.text(), @"
+    DOT    TIME                      CONFLICT
+    1.1:9  2023-11-14T22:13:29.000Z  no
+    ");
+    let moved = restore("b2xk").at(&region).await;
+    assert_eq!(moved.exit, Exit::CheckFailed);
+    assert!(moved.err.contains("CONFLICT_MOVED"), "{}", moved.err);
+    let latest = line("ctl conflict restore --latest").word(&first).at(&region).await;
+    assert_eq!(latest.exit, Exit::Ok, "{}", latest.err);
+    let unknown = line("ctl conflict restore --latest ffff").at(&region).await;
+    assert_eq!(unknown.exit, Exit::Other);
+    assert!(unknown.err.contains("CONFLICT_NOT_FOUND"), "{}", unknown.err);
+
+    for choice in ["--choose 2.1:5", "--value both", "--delete"] {
+        let resolve = format!("ctl conflict resolve cart-7 --context-token c2hvd24= {choice}");
+        assert_eq!(line(&resolve).at(&region).await.exit, Exit::Ok);
+    }
+    assert_eq!(region.calls("resolve").len(), 3);
+    let garbled = line("ctl conflict resolve k --context-token *** --delete").at(&region).await;
+    assert_eq!(garbled.exit, Exit::Usage, "{}", garbled.err);
+
+    let parse = |words: &str| Cli::try_parse_from(format!("tombolo {words}").split(' '));
+    for bad in [
+        format!("ctl conflict restore {first}"),
+        format!("ctl conflict restore {first} --latest --context-token c2hvd24="),
+        "ctl conflict resolve k --context-token c2hvd24=".to_owned(),
+        "ctl conflict resolve k --context-token c2hvd24= --delete --value v".to_owned(),
+        "ctl conflict resolve k --delete".to_owned(),
+        "ctl conflict list --open --origin us".to_owned(),
+        "ctl conflict list --since yesterday".to_owned(),
+    ] {
+        assert!(parse(&bad).is_err(), "{bad}");
+    }
+}

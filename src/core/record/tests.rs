@@ -50,6 +50,7 @@ impl Replica {
             key: Bytes::from_static(b"k"),
             sibling: Sibling { dot, time, content },
             supersedes: self.record.superseded_by(context),
+            pushed_out: Vec::new(),
         };
         let deps = self.frontier.clone();
         self.take(delta, deps, rule);

@@ -101,7 +101,8 @@ impl Region {
 
     fn take(&mut self, changes: Vec<Change>) {
         let (local, source) = (actor(self.number), actor(99));
-        let ingest = Ingest { namespace: NS, rule: self.rule, local, source, changes };
+        let time = HybridTime::ZERO;
+        let ingest = Ingest { namespace: NS, rule: self.rule, local, source, time, changes };
         let Ok(Outcome::Ingested(done)) = execute(&mut self.state, &Command::Ingest(ingest)) else {
             panic!("not ingested")
         };
@@ -333,6 +334,23 @@ fn the_latest_assignment_of_a_register_is_shown_and_a_deletion_takes_what_it_saw
     us.mutate(on("k", &["name"], Action::Assign(bytes("again"))));
     meet(&mut us, &mut eu);
     assert_eq!(eu.read("k", &["name"]), [Value::Data(bytes("again"))]);
+}
+
+#[test]
+fn an_assignment_that_was_replaced_and_never_shown_is_in_the_ledger_everywhere() {
+    let (mut us, mut eu) = pair(Rule::Map);
+    us.wall = 10;
+    us.mutate(on("k", &["name"], Action::Assign(bytes("late"))));
+    eu.mutate(on("k", &["name"], Action::Assign(bytes("early"))));
+    meet(&mut us, &mut eu);
+    assert!(us.state.ledger.is_empty() && eu.state.ledger.is_empty(), "both are still held");
+    us.mutate(on("k", &["name"], Action::Assign(bytes("again"))));
+    meet(&mut us, &mut eu);
+    let losers = |region: &Region| -> Vec<Content> {
+        region.state.ledger.values().map(|entry| entry.loser.content.clone()).collect()
+    };
+    assert_eq!(losers(&us), [Content::value("early")]);
+    assert_eq!(losers(&eu), losers(&us));
 }
 
 #[test]

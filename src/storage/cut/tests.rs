@@ -80,6 +80,7 @@ fn a_repair_makes_two_stores_equal_and_jumps_over_what_the_log_never_had() {
         rule: Rule::Lww,
         local: REMOTE,
         source: LOCAL,
+        time: tombolo_core::HybridTime::ZERO,
         cut: cut.clone(),
         ahead: ahead.clone(),
         trust: Trust::Coverage,

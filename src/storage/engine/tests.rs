@@ -25,11 +25,11 @@ fn another_format_is_refused_with_both_versions() {
         drop((store, shard));
         refused(dir.path())
     };
-    let error = refused_of(4);
-    assert!(matches!(error, StorageError::NewerFormat { found: 4, known: 3, .. }), "{error}");
-    for older in [1, 2] {
+    let error = refused_of(5);
+    assert!(matches!(error, StorageError::NewerFormat { found: 5, known: 4, .. }), "{error}");
+    for older in [1, 2, 3] {
         let error = refused_of(older);
-        assert!(matches!(error, StorageError::OlderFormat { known: 3, .. }), "{error}");
+        assert!(matches!(error, StorageError::OlderFormat { known: 4, .. }), "{error}");
         assert!(error.to_string().contains("dump"), "{error}");
     }
 }

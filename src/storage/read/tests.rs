@@ -1,9 +1,9 @@
-//! Scans in both directions with their limits, the ledger, old requests.
+//! Scans in both directions with their limits, old requests.
 
 use super::*;
 use crate::testing::*;
 use proptest::prelude::*;
-use tombolo_core::{Command, Member, MemberState, command::Write, execute};
+use tombolo_core::{Command, command::Write};
 
 fn keys_of(page: &ScanPage) -> Vec<String> {
     page.records.iter().map(|(key, _)| String::from_utf8(key.to_vec()).unwrap()).collect()
@@ -118,39 +118,6 @@ fn records_of_several_keys_come_in_order() {
     let values: Vec<bool> = records.iter().map(Option::is_some).collect();
     assert_eq!(values, [true, false, true]);
     assert_eq!(records[2], shard.record(LWW, b"a").unwrap());
-}
-
-#[test]
-fn the_ledger_is_read_in_pages_and_by_id() {
-    let (_dir, _store, shard) = fresh();
-    let mut lost = Vec::new();
-    for at in 0..5u8 {
-        let (mut theirs, mine) = (tombolo_core::testing::MemoryState::default(), format!("k{at}"));
-        run_write(&shard, write(10, vec![put(&mine, "mine")]));
-        let remote = Write {
-            actor: tombolo_core::Actor { incarnation: 9 + u32::from(at), ..REMOTE },
-            ..write(5, vec![put(&mine, "theirs")])
-        };
-        let member = Member { incarnation: 9 + u32::from(at), state: MemberState::Active };
-        let Ok(_) =
-            execute(&mut theirs, &Command::Learn([(REMOTE.region, member)].into_iter().collect()));
-        let Ok(_) = execute(&mut theirs, &Command::Write(remote));
-        let changes = theirs.changes_above(LWW, &VersionVector::new());
-        run(&shard, &[ingest(LWW, LOCAL, changes)]);
-    }
-    let mut after = None;
-    loop {
-        let page = shard.ledger(LWW, after.clone(), 2).unwrap();
-        let Some(last) = page.last() else { break };
-        after = Some(Bytes::copy_from_slice(&last.id(LWW).0));
-        lost.extend(page);
-    }
-    let all = dump(&shard).ledger;
-    assert_eq!(lost.len(), 5);
-    assert_eq!(lost, all.into_values().collect::<Vec<_>>());
-    let one = &lost[3];
-    assert_eq!(shard.ledger_entry(LWW, one.id(LWW)).unwrap().as_ref(), Some(one));
-    assert_eq!(shard.ledger(SIBLINGS, None, 9).unwrap(), []);
 }
 
 #[test]

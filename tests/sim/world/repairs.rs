@@ -30,6 +30,7 @@ impl World {
         self.sessions += 1;
         let id = self.sessions;
         let region = &mut self.regions[at];
+        let time = region.wall_time(now);
         if region.leader.is_repairing() {
             return;
         }
@@ -52,6 +53,7 @@ impl World {
             rule: self.rule,
             local,
             source: from,
+            time,
             cut: VersionVector::new(),
             ahead: VersionVector::new(),
             trust: Trust::Coverage,
@@ -197,6 +199,7 @@ impl World {
     /// Merges what has come, and ends the repair if that was all.
     pub(super) fn flush(&mut self, puller: usize, source: usize) {
         let rule = self.rule;
+        let time = self.regions[puller].wall_time(self.now);
         let Some(stream) = self.stream(puller, source) else { return };
         let from = stream.source;
         let Some(repair) = &mut stream.repair else { return };
@@ -212,6 +215,7 @@ impl World {
             rule,
             local: repair.local,
             source: from,
+            time,
             cut: repair.cut.clone(),
             ahead: repair.ahead.clone(),
             trust: repair.trust,

@@ -275,7 +275,8 @@ impl World {
             // A time beyond the bound is applied but never moves the clock.
             let _ = region.clock.observe(change.time(), wall_ms, CLOCK_OFFSET_MAX_MS);
         }
-        let ingest = Ingest { namespace: NAMESPACE, rule, local, source: from, changes };
+        let time = region.wall_time(now);
+        let ingest = Ingest { namespace: NAMESPACE, rule, local, source: from, time, changes };
         self.propose(puller, Command::Ingest(ingest), waiter);
     }
 

@@ -18,6 +18,7 @@ use tombolo_core::token::{ClusterTag, SessionToken};
 use tombolo_core::vector::VersionVector;
 use tombolo_proto::v1;
 use tombolo_proto::v1::cluster_service_server::{ClusterService, ClusterServiceServer};
+use tombolo_proto::v1::conflict_service_server::{ConflictService, ConflictServiceServer};
 use tombolo_proto::v1::kv_service_server::{KvService, KvServiceServer};
 use tombolo_proto::v1::namespace_service_server::{NamespaceService, NamespaceServiceServer};
 use tombolo_proto::v1::region_service_server::{RegionService, RegionServiceServer};
@@ -103,7 +104,8 @@ impl Region {
                     .add_service(KvServiceServer::new(server.clone()))
                     .add_service(ClusterServiceServer::new(server.clone()))
                     .add_service(NamespaceServiceServer::new(server.clone()))
-                    .add_service(RegionServiceServer::new(server))
+                    .add_service(RegionServiceServer::new(server.clone()))
+                    .add_service(ConflictServiceServer::new(server))
                     .serve_with_incoming(TcpIncoming::from(listener)),
             );
         }
@@ -598,6 +600,151 @@ impl ClusterService for Node {
             ..Default::default()
         };
         Ok(Response::new(v1::ListShardsResponse { shards: (0..SHARDS).map(shard).collect() }))
+    }
+}
+
+/// One value of a region that nobody else has, as in all of the fake's conflicts.
+fn version(region: u32, seq: u64, value: Option<&'static str>) -> v1::Version {
+    let data = |text: &'static str| v1::Value { kind: Some(v1::value::Kind::Data(text.into())) };
+    let origin_region = if region == 1 { "us" } else { "eu" }.to_owned();
+    let ms = 1_700_000_000_000 + seq * 1000;
+    v1::Version {
+        dot: Some(v1::Dot { region, incarnation: 1, seq }),
+        value: value.map(data),
+        origin_region,
+        hybrid_time: ms << 16,
+        ..Default::default()
+    }
+}
+
+/// The conflict number `number`: a value of eu, or, if it is even, a deletion, that lost to one of us.
+fn conflict(number: u64, with_values: bool) -> v1::Conflict {
+    let loser_is_delete = number.is_multiple_of(2);
+    let at = 1_700_000_000 + i64::try_from(number).expect("small");
+    v1::Conflict {
+        id: format!("{number:032x}"),
+        namespace: "default".into(),
+        key: format!("cart-{number}").into(),
+        winner: Some(version(1, number, with_values.then_some("2 lemons"))),
+        loser: Some(version(2, number, (with_values && !loser_is_delete).then_some("3 lemons"))),
+        resolve_time: Some(prost_types::Timestamp { seconds: at, nanos: 0 }),
+        cause: v1::ConflictCause::Rule.into(),
+        loser_is_delete,
+        bytes: 64,
+        field_path: Vec::new(),
+    }
+}
+
+/// The context that the fake shows with each conflict.
+const SHOWN: &[u8] = b"shown";
+/// How many conflicts it has.
+const CONFLICTS: u64 = 3;
+
+/// Settles if the context is the one that was shown.
+fn settle(context: &Bytes) -> Result<v1::Dot, Status> {
+    if context != SHOWN {
+        return Err(refusal(Code::Aborted, "CONFLICT_MOVED", &[]));
+    }
+    Ok(v1::Dot { region: 1, incarnation: 1, seq: 9 })
+}
+
+#[tonic::async_trait]
+impl ConflictService for Node {
+    async fn list_conflicts(
+        &self,
+        request: Request<v1::ListConflictsRequest>,
+    ) -> Result<Response<v1::ListConflictsResponse>, Status> {
+        let request = request.into_inner();
+        let first = CONFLICTS.min(request.page_token.parse().unwrap_or(CONFLICTS));
+        let size = u64::try_from(request.page_size).expect("positive").min(2);
+        let is_asked =
+            |number: &u64| format!("cart-{number}").as_bytes().starts_with(&request.key_prefix);
+        let page = (1..=first).rev().take(size as usize);
+        let conflicts: Vec<_> =
+            page.filter(is_asked).map(|number| conflict(number, false)).collect();
+        let left = first.saturating_sub(size);
+        let next_page_token = if left == 0 { String::new() } else { left.to_string() };
+        let unreachable =
+            if request.origin_region == "ap" { vec!["shard 3".into()] } else { Vec::new() };
+        Ok(Response::new(v1::ListConflictsResponse { conflicts, next_page_token, unreachable }))
+    }
+
+    async fn get_conflict(
+        &self,
+        request: Request<v1::GetConflictRequest>,
+    ) -> Result<Response<v1::GetConflictResponse>, Status> {
+        let id = request.into_inner().id;
+        let number = u64::from_str_radix(&id, 16).unwrap_or(0);
+        if !(1..=CONFLICTS).contains(&number) {
+            return Err(refusal(Code::NotFound, "CONFLICT_NOT_FOUND", &[]));
+        }
+        Ok(Response::new(v1::GetConflictResponse {
+            conflict: Some(conflict(number, true)),
+            current: vec![version(1, number, Some("2 lemons"))],
+            context: Bytes::from_static(SHOWN),
+            rule: v1::Rule::Lww.into(),
+            unreachable: Vec::new(),
+        }))
+    }
+
+    async fn restore_conflict(
+        &self,
+        request: Request<v1::RestoreConflictRequest>,
+    ) -> Result<Response<v1::RestoreConflictResponse>, Status> {
+        let body = request.get_ref().clone();
+        let request_id = body.request_id;
+        let seen = Call { request_id, ..call("restore", &Bytes::new(), &Bytes::new()) };
+        let fault = self.enter(&request, seen)?;
+        let (dot, hybrid_time) = (Some(settle(&body.context)?), 1_700_000_009_000 << 16);
+        let reply = v1::RestoreConflictResponse { dot, hybrid_time, ..Default::default() };
+        finish(fault, reply).await
+    }
+
+    async fn list_open_conflicts(
+        &self,
+        _: Request<v1::ListOpenConflictsRequest>,
+    ) -> Result<Response<v1::ListOpenConflictsResponse>, Status> {
+        let conflicts = vec![v1::OpenConflict {
+            key: "cart-7".into(),
+            versions: vec![version(1, 4, None), version(2, 5, None)],
+            context: Bytes::from_static(SHOWN),
+            since_time: Some(prost_types::Timestamp { seconds: 1_700_000_005, nanos: 0 }),
+        }];
+        Ok(Response::new(v1::ListOpenConflictsResponse { conflicts, ..Default::default() }))
+    }
+
+    async fn resolve_conflict(
+        &self,
+        request: Request<v1::ResolveConflictRequest>,
+    ) -> Result<Response<v1::ResolveConflictResponse>, Status> {
+        let body = request.get_ref().clone();
+        let request_id = body.request_id;
+        let seen = Call { request_id, ..call("resolve", &body.key, &Bytes::new()) };
+        let fault = self.enter(&request, seen)?;
+        let (dot, hybrid_time) = (Some(settle(&body.context)?), 1_700_000_009_000 << 16);
+        let reply = v1::ResolveConflictResponse { dot, hybrid_time, ..Default::default() };
+        finish(fault, reply).await
+    }
+
+    async fn get_conflict_stats(
+        &self,
+        request: Request<v1::GetConflictStatsRequest>,
+    ) -> Result<Response<v1::GetConflictStatsResponse>, Status> {
+        let row = |namespace: &str, count| v1::ConflictStats {
+            namespace: namespace.into(),
+            winner_region: "us".into(),
+            loser_region: "eu".into(),
+            cause: v1::ConflictCause::Rule.into(),
+            count,
+            bytes: 64 * count,
+            oldest_time: Some(prost_types::Timestamp { seconds: 1_700_000_001, nanos: 0 }),
+            newest_time: Some(prost_types::Timestamp { seconds: 1_700_000_003, nanos: 0 }),
+        };
+        let mut stats = vec![row("default", CONFLICTS)];
+        if request.into_inner().namespace.is_empty() {
+            stats.push(row("#17", 1));
+        }
+        Ok(Response::new(v1::GetConflictStatsResponse { stats, unreachable: Vec::new() }))
     }
 }
 
