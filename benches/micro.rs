@@ -42,7 +42,7 @@ fn key(number: u64) -> Bytes {
 fn delta(region: u16, seq: u64, supersedes: Vec<Dot>) -> Delta {
     let dot = Dot { actor: actor(region), seq };
     let content = Content::value(vec![7; VALUE_BYTES]);
-    let sibling = Sibling { dot, time: time(seq * 10 + u64::from(region)), content };
+    let sibling = Sibling { dot, time: time(seq * 10 + u64::from(region)), request: None, content };
     Delta { key: key(0), sibling, supersedes, pushed_out: Vec::new() }
 }
 
@@ -115,6 +115,7 @@ fn codecs(criterion: &mut Criterion) {
         first_seq: 1_000_001,
         depends_on,
         ahead_by: VersionVector::new(),
+        request: None,
         deltas: vec![delta(1, 1_000_001, vec![Dot { actor: actor(2), seq: 5 }])],
     };
     let encoded = change.to_bytes();

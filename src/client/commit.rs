@@ -6,12 +6,13 @@
 use crate::error::{Error, Result};
 use crate::keyspace::{CallOptions, call_options, data, write_options};
 use crate::mutate::Operations;
-use crate::types::{Dot, HybridTime, IntoBytes, Revision, Version, versions};
+use crate::types::{Dot, HybridTime, IntoBytes, Revision, Version, proto_duration, versions};
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use std::time::Duration;
 use tombolo_proto::v1;
 use tombolo_proto::v1::check::Condition;
-use tombolo_proto::v1::write::Action;
+use tombolo_proto::v1::write::{Action, Expiration};
 
 /// A commit that runs when awaited. All keys must lie in one shard: give them a common hash tag,
 /// as in `{cart-7}:items` and `{cart-7}:total`.
@@ -52,20 +53,32 @@ impl Commit {
         self.check(key, Condition::DataEquals(value.into_bytes()))
     }
 
+    /// Nothing must have been written to the key, nor deleted, beyond what the reply with this context
+    /// showed. An empty one demands that the key was never written.
+    pub fn check_context(self, key: impl IntoBytes, context: impl IntoBytes) -> Self {
+        self.check(key, Condition::ContextCurrent(context.into_bytes()))
+    }
+
     /// Stores a value.
     pub fn put(self, key: impl IntoBytes, value: impl IntoBytes) -> Self {
-        self.write(key, Action::Put(data(value.into_bytes())))
+        self.write(key, Action::Put(data(value.into_bytes())), None)
+    }
+
+    /// Stores a value that expires this long after a node took the commit.
+    pub fn put_for(self, key: impl IntoBytes, value: impl IntoBytes, ttl: Duration) -> Self {
+        let expiration = Some(Expiration::Ttl(proto_duration(ttl)));
+        self.write(key, Action::Put(data(value.into_bytes())), expiration)
     }
 
     /// Deletes a key.
     pub fn delete(self, key: impl IntoBytes) -> Self {
-        self.write(key, Action::Delete(v1::Remove {}))
+        self.write(key, Action::Delete(v1::Remove {}), None)
     }
 
     /// Applies typed operations to a key.
     pub fn mutate(self, key: impl IntoBytes, operations: Operations) -> Self {
         let operations = operations.into_proto();
-        self.write(key, Action::Mutate(v1::Mutation { operations }))
+        self.write(key, Action::Mutate(v1::Mutation { operations }), None)
     }
 
     fn check(mut self, key: impl IntoBytes, condition: Condition) -> Self {
@@ -73,12 +86,18 @@ impl Commit {
         self
     }
 
-    fn write(mut self, key: impl IntoBytes, action: Action) -> Self {
+    fn write(
+        mut self,
+        key: impl IntoBytes,
+        action: Action,
+        expiration: Option<Expiration>,
+    ) -> Self {
         let context = Bytes::new();
         self.request.writes.push(v1::Write {
             key: key.into_bytes(),
             context,
             action: Some(action),
+            expiration,
         });
         self
     }

@@ -1,5 +1,6 @@
 //! The calls on one namespace's keys, as builders that run when awaited.
 
+use crate::await_replication::AwaitReplication;
 use crate::client::{Client, Plan};
 use crate::commit::Commit;
 use crate::error::{Error, Result};
@@ -110,6 +111,14 @@ impl Keyspace {
     /// Several writes to keys of one shard, all or none, if all checks hold.
     pub fn commit(&self) -> Commit {
         Commit::new(self.start(), self.name.to_string())
+    }
+
+    /// Waits until this many other regions have all that the session has seen of this namespace, its
+    /// own writes included, and answers which. If they do not in time, the error is
+    /// [`crate::Error::Deadline`], and its metadata names those that are missing. With 0 it only asks.
+    /// Outside a session nothing was seen, and everybody has it.
+    pub fn await_replication(&self, regions: u32) -> AwaitReplication {
+        AwaitReplication::new(self.start(), self.name.to_string(), regions)
     }
 
     fn start(&self) -> CallOptions {

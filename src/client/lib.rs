@@ -23,10 +23,11 @@
 //! * Nothing a server answers makes the client panic.
 //!
 //! Map: `client` the loop of a call, `router` where it goes, `retry` what is tried again,
-//! `keyspace` `mutate` `commit` `scan` `conflicts` `admin` the calls, `session` tokens, `types` and
-//! `error` the answers.
+//! `keyspace` `mutate` `commit` `scan` `await_replication` `conflicts` `admin` the calls, `session`
+//! tokens, `types` and `error` the answers.
 
 mod admin;
+mod await_replication;
 mod client;
 mod commit;
 mod config;
@@ -41,6 +42,7 @@ mod session;
 mod types;
 
 pub use admin::Admin;
+pub use await_replication::{AwaitReplication, Lacking, Replicated};
 pub use client::Client;
 pub use commit::{Commit, Committed, FailedCheck, WriteResult};
 pub use config::ClientConfig;

@@ -11,6 +11,7 @@ use crate::session_file::SessionOptions;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
+use std::time::Duration;
 use tombolo_client::{Committed, Dot};
 
 /// Applies several writes to keys of one shard, all or none, if all checks hold
@@ -33,9 +34,16 @@ pub struct Commit {
     /// The key must have exactly the value that this write created
     #[arg(long, value_name = "KEY=DOT")]
     pub check_dot: Vec<String>,
+    /// Nothing must have been written to the key, nor deleted, since the read with this context
+    /// (base64, from get -o json; empty: ever)
+    #[arg(long, value_name = "KEY=CONTEXT")]
+    pub check_context: Vec<String>,
     /// Store a value
     #[arg(long, value_name = "KEY=VALUE")]
     pub put: Vec<String>,
+    /// Let the values of --put expire after this long
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub ttl: Option<Duration>,
     /// Delete a key
     #[arg(long, value_name = "KEY")]
     pub delete: Vec<String>,
@@ -67,6 +75,7 @@ struct CheckJson {
     value: Option<String>,
     value_base64: Option<String>,
     dot: Option<String>,
+    context: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -77,6 +86,7 @@ struct WriteJson {
     delete: bool,
     value: Option<String>,
     value_base64: Option<String>,
+    ttl: Option<String>,
 }
 
 enum Check {
@@ -84,14 +94,19 @@ enum Check {
     Present,
     Value(Bytes),
     Dot(Dot),
+    Context(Bytes),
+}
+
+enum Action {
+    Put(Bytes, Option<Duration>),
+    Delete,
 }
 
 /// What is asked for, from either form.
 #[derive(Default)]
 struct Plan {
     checks: Vec<(Bytes, Check)>,
-    /// `None` deletes.
-    writes: Vec<(Bytes, Option<Bytes>)>,
+    writes: Vec<(Bytes, Action)>,
 }
 
 impl Commit {
@@ -122,13 +137,17 @@ impl Commit {
             let (key, dot) = split(pair, "--check-dot")?;
             plan.checks.push((encoding.parse(key)?, Check::Dot(parse_dot(dot)?)));
         }
+        for pair in &self.check_context {
+            let (key, context) = split(pair, "--check-context")?;
+            plan.checks.push((encoding.parse(key)?, Check::Context(parse_context(context)?)));
+        }
         for pair in &self.put {
             let (key, value) = split(pair, "--put")?;
             let value = Bytes::copy_from_slice(value.as_bytes());
-            plan.writes.push((encoding.parse(key)?, Some(value)));
+            plan.writes.push((encoding.parse(key)?, Action::Put(value, self.ttl)));
         }
         for key in &self.delete {
-            plan.writes.push((encoding.parse(key)?, None));
+            plan.writes.push((encoding.parse(key)?, Action::Delete));
         }
         if plan.checks.is_empty() && plan.writes.is_empty() {
             return Err(Failure::Usage("nothing to check and nothing to write".into()));
@@ -143,11 +162,13 @@ impl Document {
         for it in self.checks {
             let value = value(&it.key, it.value, it.value_base64)?;
             let dot = it.dot.as_deref().map(parse_dot).transpose()?;
-            let check = match (it.absent, it.present, value, dot) {
-                (true, false, None, None) => Check::Absent,
-                (false, true, None, None) => Check::Present,
-                (false, false, Some(value), None) => Check::Value(value),
-                (false, false, None, Some(dot)) => Check::Dot(dot),
+            let context = it.context.as_deref().map(parse_context).transpose()?;
+            let check = match (it.absent, it.present, value, dot, context) {
+                (true, false, None, None, None) => Check::Absent,
+                (false, true, None, None, None) => Check::Present,
+                (false, false, Some(value), None, None) => Check::Value(value),
+                (false, false, None, Some(dot), None) => Check::Dot(dot),
+                (false, false, None, None, Some(context)) => Check::Context(context),
                 _ => {
                     let key = it.key;
                     return Err(Failure::Usage(format!(
@@ -159,13 +180,20 @@ impl Document {
         }
         for it in self.writes {
             let value = value(&it.key, it.value, it.value_base64)?;
-            if it.delete == value.is_some() {
-                let key = it.key;
-                return Err(Failure::Usage(format!(
-                    "the write of `{key}` needs a value or delete"
-                )));
-            }
-            plan.writes.push((encoding.parse(&it.key)?, value));
+            let ttl = it.ttl.as_deref().map(humantime::parse_duration).transpose();
+            let ttl =
+                ttl.map_err(|error| Failure::Usage(format!("ttl of `{}`: {error}", it.key)))?;
+            let action = match (it.delete, value, ttl) {
+                (false, Some(value), ttl) => Action::Put(value, ttl),
+                (true, None, None) => Action::Delete,
+                _ => {
+                    let key = it.key;
+                    return Err(Failure::Usage(format!(
+                        "the write of `{key}` needs a value or delete, and a ttl only with a value"
+                    )));
+                }
+            };
+            plan.writes.push((encoding.parse(&it.key)?, action));
         }
         Ok(plan)
     }
@@ -192,6 +220,11 @@ fn value(
 fn split<'a>(pair: &'a str, flag: &str) -> Result<(&'a str, &'a str), Failure> {
     pair.split_once('=')
         .ok_or_else(|| Failure::Usage(format!("{flag} takes KEY=..., not `{pair}`")))
+}
+
+fn parse_context(text: &str) -> Result<Bytes, Failure> {
+    crate::output::unbase64(text)
+        .map_err(|error| Failure::Usage(format!("`{text}` is no context: {error}")))
 }
 
 fn parse_dot(text: &str) -> Result<Dot, Failure> {
@@ -237,12 +270,14 @@ pub(crate) async fn commit(args: &Commit, io: &mut Io) -> Result<Exit, Failure> 
             Check::Present => commit.check_present(key),
             Check::Value(value) => commit.check_value(key, value),
             Check::Dot(dot) => commit.check_dot(key, *dot),
+            Check::Context(context) => commit.check_context(key, context),
         };
     }
-    for (key, value) in &plan.writes {
-        commit = match value {
-            Some(value) => commit.put(key, value),
-            None => commit.delete(key),
+    for (key, action) in &plan.writes {
+        commit = match action {
+            Action::Put(value, None) => commit.put(key, value),
+            Action::Put(value, Some(ttl)) => commit.put_for(key, value, *ttl),
+            Action::Delete => commit.delete(key),
         };
     }
     let committed = commit.await?;
@@ -286,13 +321,14 @@ fn print(
         }
         Format::Table if committed.committed => {
             let written = plan.writes.iter().zip(&committed.results);
-            let row = |((key, value), result): (
-                &(Bytes, Option<Bytes>),
-                &tombolo_client::WriteResult,
-            )| {
-                let action = if value.is_some() { "put" } else { "delete" };
-                [encoding.show(key), action.into(), result.dot.to_string()]
-            };
+            let row =
+                |((key, action), result): (&(Bytes, Action), &tombolo_client::WriteResult)| {
+                    let action = match action {
+                        Action::Put(..) => "put",
+                        Action::Delete => "delete",
+                    };
+                    [encoding.show(key), action.into(), result.dot.to_string()]
+                };
             table(&mut io.out, ["KEY", "WRITE", "DOT"], written.map(row))?;
         }
         Format::Table => {

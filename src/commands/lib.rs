@@ -10,6 +10,7 @@
 //!
 //! Not here: `server`, `demo` and `bench`, and how calls reach a leader (`tombolo-client`).
 
+mod await_replication;
 mod commit;
 mod conflict;
 mod connection;
@@ -30,6 +31,7 @@ mod session_file;
 mod status;
 mod verify;
 
+pub use await_replication::AwaitReplication;
 pub use commit::Commit;
 pub use conflict::ConflictCommand;
 pub use connection::Connection;
@@ -57,6 +59,7 @@ pub enum DataCommand {
     Scan(Scan),
     Mutate(Mutate),
     Commit(Commit),
+    AwaitReplication(AwaitReplication),
     Load(Load),
     Dump(Dump),
     Ctl(Ctl),
@@ -106,6 +109,7 @@ async fn dispatch(
         DataCommand::Scan(args) => data::scan(args, io).await,
         DataCommand::Mutate(args) => mutate::mutate(args, io).await,
         DataCommand::Commit(args) => commit::commit(args, io).await,
+        DataCommand::AwaitReplication(args) => await_replication::await_replication(args, io).await,
         DataCommand::Load(args) => load::load(args, io).await,
         DataCommand::Dump(args) => dump::dump(args, io).await,
         DataCommand::Ctl(args) => ctl::ctl(args, io).await,
@@ -124,6 +128,7 @@ impl DataCommand {
             Self::Scan(args) => args.connection.output,
             Self::Mutate(args) => args.connection.output,
             Self::Commit(args) => args.connection.output,
+            Self::AwaitReplication(args) => args.connection.output,
             Self::Load(args) => args.connection.output,
             Self::Dump(args) => args.connection.output,
             Self::Ctl(args) => args.connection().output,

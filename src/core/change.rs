@@ -7,6 +7,9 @@
 //! While a repair of the origin is half done, a record may be ahead of its frontier. A change that
 //! replaces such a record depends on what the record has seen, but its other writes have not seen
 //! that: what they have is [`Change::seen`].
+//!
+//! A change also carries the client's request that it carries out, so that a repeat of it is known
+//! wherever the change is ([`crate::request`]).
 
 use std::borrow::Cow;
 
@@ -17,6 +20,7 @@ use crate::{
     hlc::HybridTime,
     id::{Actor, Dot},
     record::{Content, Delta, Sibling},
+    request::{RequestTag, Requested},
     vector::{VersionVector, decode_actor, decode_dot, encode_actor, encode_dot},
 };
 
@@ -32,6 +36,8 @@ pub struct Change {
     /// By how much that is above what the origin had applied of all keys. Empty, unless a record was
     /// ahead.
     pub ahead_by: VersionVector,
+    /// The request that it carries out, if that came with an id. Its siblings have its tags.
+    pub request: Option<Requested>,
     /// At least one.
     pub deltas: Vec<Delta>,
 }
@@ -39,6 +45,10 @@ pub struct Change {
 const CHANGE_VERSION: u8 = 3;
 /// The same with `ahead_by` after the dependencies; only written where it is not empty.
 const CHANGE_AHEAD_VERSION: u8 = 4;
+/// A byte of flags says what follows the dependencies; only written where there is a request.
+const CHANGE_FLAGS_VERSION: u8 = 5;
+const AHEAD: u8 = 1;
+const REQUESTED: u8 = 2;
 
 impl Change {
     /// The dot of the last delta.
@@ -67,12 +77,22 @@ impl Change {
         let capacity = 64 + self.deltas.iter().map(bytes).sum::<usize>();
         let mut writer = Writer::with_capacity(capacity);
         let is_ahead = !self.ahead_by.is_empty();
-        writer.u8(if is_ahead { CHANGE_AHEAD_VERSION } else { CHANGE_VERSION });
+        match (self.request, is_ahead) {
+            (None, false) => writer.u8(CHANGE_VERSION),
+            (None, true) => writer.u8(CHANGE_AHEAD_VERSION),
+            (Some(_), is_ahead) => {
+                writer.u8(CHANGE_FLAGS_VERSION);
+                writer.u8(REQUESTED | if is_ahead { AHEAD } else { 0 });
+            }
+        }
         encode_actor(self.actor, &mut writer);
         writer.varint(self.first_seq);
         self.depends_on.encode(&mut writer);
         if is_ahead {
             self.ahead_by.encode(&mut writer);
+        }
+        if let Some(request) = &self.request {
+            request.encode(&mut writer);
         }
         writer.count(self.deltas.len());
         for delta in &self.deltas {
@@ -91,9 +111,15 @@ impl Change {
     /// If the bytes are damaged, there is no delta, or a sequence number is zero or too large.
     pub fn from_bytes(bytes: Bytes) -> Result<Self, DecodeError> {
         let mut reader = Reader::new("change", bytes);
-        let is_ahead = match reader.u8()? {
-            CHANGE_VERSION => false,
-            CHANGE_AHEAD_VERSION => true,
+        let (is_ahead, is_requested) = match reader.u8()? {
+            CHANGE_VERSION => (false, false),
+            CHANGE_AHEAD_VERSION => (true, false),
+            CHANGE_FLAGS_VERSION => match reader.u8()? {
+                REQUESTED => (false, true),
+                flags if flags == REQUESTED | AHEAD => (true, true),
+                // None that is written so, or of a newer version.
+                flags => return Err(reader.invalid(u64::from(flags))),
+            },
             version => return Err(DecodeError::Version { what: "change", version }),
         };
         let actor = decode_actor(&mut reader)?;
@@ -104,27 +130,33 @@ impl Change {
         if is_ahead == ahead_by.is_empty() {
             return Err(reader.invalid(0));
         }
+        let request = if is_requested { Some(Requested::decode(&mut reader)?) } else { None };
         let count = reader.count(12)?;
         if count == 0 || first_seq == 0 || first_seq.checked_add(count as u64).is_none() {
             return Err(reader.invalid(first_seq));
         }
         let mut deltas = Vec::with_capacity(count);
-        for place in 0..count as u64 {
-            let dot = Dot { actor, seq: first_seq + place };
-            deltas.push(decode_delta(&mut reader, dot)?);
+        for place in 0..count {
+            let dot = Dot { actor, seq: first_seq + place as u64 };
+            let tag = request.map(|request| request.tag(place));
+            deltas.push(decode_delta(&mut reader, dot, tag)?);
         }
         reader.finish()?;
-        Ok(Self { actor, first_seq, depends_on, ahead_by, deltas })
+        Ok(Self { actor, first_seq, depends_on, ahead_by, request, deltas })
     }
 }
 
-fn decode_delta(reader: &mut Reader, dot: Dot) -> Result<Delta, DecodeError> {
+fn decode_delta(
+    reader: &mut Reader,
+    dot: Dot,
+    request: Option<RequestTag>,
+) -> Result<Delta, DecodeError> {
     let key = reader.bytes()?;
     let time = HybridTime::from_bits(reader.fixed64()?);
     let content = Content::decode(reader)?;
     let supersedes = decode_dots(reader)?;
     let pushed_out = decode_dots(reader)?;
-    Ok(Delta { key, sibling: Sibling { dot, time, content }, supersedes, pushed_out })
+    Ok(Delta { key, sibling: Sibling { dot, time, request, content }, supersedes, pushed_out })
 }
 
 fn encode_dots(dots: &[Dot], writer: &mut Writer) {
@@ -144,6 +176,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::{
         record::Count,
+        request::tests::any_requested,
         vector::tests::{any_actor, any_vector},
     };
 
@@ -176,17 +209,31 @@ pub(crate) mod tests {
         );
         let deltas = prop::collection::vec(delta, 1..5);
         let ahead_by = prop_oneof![Just(VersionVector::new()), any_vector()];
-        (any_actor(), 1u64..1 << 40, any_vector(), ahead_by, deltas).prop_map(
-            |(actor, first_seq, depends_on, ahead_by, deltas)| {
-                let deltas = (first_seq..).zip(deltas).map(|(seq, delta)| {
-                    let (key, time, content, supersedes, pushed_out) = delta;
-                    let dot = Dot { actor, seq };
-                    let sibling = Sibling { dot, time: HybridTime::from_bits(time), content };
+        let request = prop::option::of(any_requested());
+        (any_actor(), 1u64..1 << 40, any_vector(), ahead_by, request, deltas).prop_map(
+            |(actor, first_seq, depends_on, ahead_by, request, deltas)| {
+                let delta = |(place, (key, time, content, supersedes, pushed_out))| {
+                    let key: Vec<u8> = key;
+                    let dot = Dot { actor, seq: first_seq + place as u64 };
+                    let time = HybridTime::from_bits(time);
+                    let tag = request.map(|request: Requested| request.tag(place));
+                    let sibling = Sibling { dot, time, request: tag, content };
                     Delta { key: key.into(), sibling, supersedes, pushed_out }
-                });
-                Change { actor, first_seq, depends_on, ahead_by, deltas: deltas.collect() }
+                };
+                let deltas = deltas.into_iter().enumerate().map(delta).collect();
+                Change { actor, first_seq, depends_on, ahead_by, request, deltas }
             },
         )
+    }
+
+    #[test]
+    fn flags_that_nobody_writes_are_refused() {
+        // Version 3 without a request, and with a flag of a later version.
+        for flags in [0, AHEAD, 4 | REQUESTED] {
+            let bytes = Bytes::from(vec![CHANGE_FLAGS_VERSION, flags, 1, 1, 1, 0]);
+            let refused = DecodeError::Invalid { what: "change", value: u64::from(flags) };
+            assert_eq!(Change::from_bytes(bytes), Err(refused));
+        }
     }
 
     proptest! {

@@ -113,6 +113,15 @@ impl Reader {
         Ok(self.rest.get_u8())
     }
 
+    /// Takes one byte if it is `value`, and answers whether it was.
+    pub fn skip_if(&mut self, value: u8) -> bool {
+        let is_it = self.rest.first() == Some(&value);
+        if is_it {
+            self.rest.advance(1);
+        }
+        is_it
+    }
+
     /// A format version; anything but `known` is refused.
     pub fn version(&mut self, known: u8) -> Result<(), DecodeError> {
         let version = self.u8()?;

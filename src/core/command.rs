@@ -18,6 +18,7 @@ use crate::{
     members::{Member, Members},
     record::{Content, Record, Rule},
     repair::{Offer, Trust},
+    request::Requested,
     typed::{Mutation, Refused},
     vector::{VersionVector, decode_actor, decode_dot, encode_actor, encode_dot},
 };
@@ -94,12 +95,12 @@ pub enum Condition {
     DotEquals(Dot),
     /// Exactly one live value, with these bytes.
     DataEquals(Bytes),
-    /// Nothing was ever written to the key that this has not seen.
+    /// Nothing was written to the key, nor deleted, beyond what this context has seen.
     ContextCurrent(VersionVector),
 }
 
 impl Condition {
-    /// Whether the condition holds for `record` at `now`.
+    /// Whether the condition holds for `record` at `now`. Twins are one value.
     pub fn holds(&self, record: Option<&Record>, now: HybridTime) -> bool {
         let mut live = record.into_iter().flat_map(|record| record.live_at(now));
         let (first, second) = (live.next(), live.next());
@@ -107,14 +108,17 @@ impl Condition {
             Self::Absent => first.is_none(),
             Self::Present => first.is_some(),
             Self::DotEquals(dot) => {
-                second.is_none() && first.is_some_and(|(sibling, _)| sibling.dot == *dot)
+                // All live values are twins of the one that is shown.
+                second.is_none() && record.is_some_and(|record| record.is_live_by(*dot, now))
             }
             Self::DataEquals(data) => {
                 second.is_none() && first.is_some_and(|(_, held)| held == data)
             }
-            Self::ContextCurrent(context) => {
-                record.is_none_or(|record| context.covers_all(record.context()))
-            }
+            Self::ContextCurrent(context) => match record {
+                Some(record) => record.is_current(context),
+                // What was seen may have been deleted, and the tombstone be collected.
+                None => context.is_empty(),
+            },
         }
     }
 
@@ -282,7 +286,7 @@ pub enum Outcome {
     Written(Vec<Written>),
     /// Nothing was written: the request's id was used for another write.
     RequestReused,
-    /// Nothing was written: these checks did not hold.
+    /// Nothing was written: these checks did not hold, now or when the same request came before.
     ChecksFailed(Vec<FailedCheck>),
     /// Nothing was written: a typed value does not take a mutation.
     Refused(Refused),
@@ -352,6 +356,9 @@ pub struct Ingested {
     pub frontier: VersionVector,
     /// Why not all were taken.
     pub stopped: Option<Stopped>,
+    /// A request that another region took, and that this one remembers as another write: a client gave
+    /// both one id. The first such one; all changes are applied.
+    pub reused: Option<RequestId>,
 }
 
 /// What a merge did.
@@ -637,6 +644,11 @@ impl Command {
 }
 
 impl Write {
+    /// The request, if it came with an id.
+    pub fn requested(&self) -> Option<Requested> {
+        self.request.map(|id| Requested { id, fingerprint: self.fingerprint() })
+    }
+
     /// A hash of what is asked for: the namespace, the checks, and what is written where. A repeat
     /// has the same one; times and expiry, which a repeat may compute anew, do not count.
     pub fn fingerprint(&self) -> u64 {
@@ -658,11 +670,7 @@ impl Write {
                     part(&mut hash, 3, &writer.finish());
                 }
                 Condition::DataEquals(data) => part(&mut hash, 4, data),
-                Condition::ContextCurrent(context) => {
-                    let mut writer = Writer::default();
-                    context.encode(&mut writer);
-                    part(&mut hash, 8, &writer.finish());
-                }
+                Condition::ContextCurrent(context) => part(&mut hash, 8, &context.to_bytes()),
             }
         }
         for operation in &self.operations {
@@ -858,15 +866,19 @@ fn decode_flag(reader: &mut Reader) -> Result<bool, DecodeError> {
     }
 }
 
-/// What is kept of a request, so that a repeat of it gets the same answer.
+/// What is kept of a request, so that a repeat of it gets the same answer: where it was executed, and
+/// wherever its change came.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Remembered {
     /// When it was executed.
     pub executed: HybridTime,
     /// What it asked for ([`Write::fingerprint`]): another write under its id is refused.
     pub fingerprint: u64,
-    /// What it was answered.
+    /// What it was answered. Where the change came from another region, with what that had seen of the
+    /// whole namespace as context: of the key, that is the same.
     pub results: Vec<Written>,
+    /// Places of the checks that did not hold. Nothing was written then.
+    pub failed_checks: Vec<usize>,
 }
 
 const REMEMBERED_VERSION: u8 = 2;
@@ -889,6 +901,8 @@ impl Remembered {
                 writer.fixed64(sum.cast_unsigned());
             }
         }
+        writer.count(self.failed_checks.len());
+        self.failed_checks.iter().for_each(|&check| writer.count(check));
         writer.finish()
     }
 
@@ -915,8 +929,12 @@ impl Remembered {
             };
             results.push(Written { dot, time, context, conflict, sum });
         }
+        let count = reader.count(1)?;
+        let failed_checks = (0..count)
+            .map(|_| reader.u32().map(|check| check as usize))
+            .collect::<Result<_, _>>()?;
         reader.finish()?;
-        Ok(Self { executed, fingerprint, results })
+        Ok(Self { executed, fingerprint, results, failed_checks })
     }
 }
 
@@ -1083,11 +1101,19 @@ mod tests {
         }
 
         #[test]
-        fn remembered_results_read_back(actor in any_actor(), seq in 1u64..9, context in any_vector(), conflict: bool, sum in any::<Option<i64>>()) {
+        fn remembered_results_read_back(
+            actor in any_actor(),
+            seq in 1u64..9,
+            context in any_vector(),
+            conflict: bool,
+            sum in any::<Option<i64>>(),
+            failed_checks in prop::collection::vec(0usize..128, 0..4),
+        ) {
             let time = HybridTime::from_bits(5);
             let written = Written { dot: Dot { actor, seq }, time, context, conflict, sum };
             let results = vec![written];
-            let remembered = Remembered { executed: time, fingerprint: seq, results };
+            let remembered =
+                Remembered { executed: time, fingerprint: seq, results, failed_checks };
             prop_assert_eq!(Remembered::from_bytes(remembered.to_bytes()), Ok(remembered));
         }
     }

@@ -6,6 +6,7 @@
 //! * A write's time is later than everything it replaces, whatever the leader's clock said, so
 //!   that under `lww` time extends the causal order.
 //! * An actor's events are contiguous: the frontier moves by exactly what was applied.
+//! * A request that is remembered is not executed, and one whose change was applied is remembered.
 //!
 //! Not here: where state is kept (`tombolo-storage`), who stamps time (`tombolo-shard`).
 
@@ -19,8 +20,8 @@ use bytes::Bytes;
 use crate::{
     change::Change,
     command::{
-        Advance, Collect, Command, Expire, FailedCheck, ForgetConflicts, Ingest, Ingested,
-        LinkSetting, Merge, Merged, Outcome, Remembered, Stopped, Write, Written,
+        Advance, Collect, Command, Condition, Expire, FailedCheck, ForgetConflicts, Ingest,
+        Ingested, LinkSetting, Merge, Merged, Outcome, Remembered, Stopped, Write, Written,
     },
     element,
     hlc::HybridTime,
@@ -29,7 +30,8 @@ use crate::{
     members::{Member, MemberState, Members},
     record::{Content, Delta, Record, Rule, Sibling},
     repair::{self, DotReused, Sides, Trust},
-    typed::{self, Mutated, Refused},
+    request::Requested,
+    typed::{self, Mutated, Mutation, Refused},
     vector::VersionVector,
 };
 
@@ -194,15 +196,9 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
     if let Some(member) = inactive(state, write.actor) {
         return Ok(Outcome::NotActive(member));
     }
-    let fingerprint = if write.request.is_some() { write.fingerprint() } else { 0 };
-    if let Some(request) = write.request
-        && let Some(before) = state.remembered(request)?
-    {
-        return Ok(if before.fingerprint == fingerprint {
-            Outcome::Written(before.results)
-        } else {
-            Outcome::RequestReused
-        });
+    let request = write.requested();
+    if let Some(answer) = answered_before(state, write, request)? {
+        return Ok(answer);
     }
     let frontier = state.frontier(write.namespace);
     if frontier.get(write.actor) < state.ahead(write.namespace).get(write.actor) {
@@ -214,11 +210,14 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
     }
     let failed = failed_checks(state, write)?;
     if !failed.is_empty() {
+        let failed_checks = failed.iter().map(|failed| failed.check).collect();
+        remember(state, request, write.time, &[], failed_checks);
         return Ok(Outcome::ChecksFailed(failed));
     }
 
     let place = Place { namespace: write.namespace, rule: write.rule, noted: write.time };
     let mut writing = Writing::new(&*state, place, write.actor, frontier);
+    writing.request = request;
     let mut results = Vec::with_capacity(write.operations.len() + write.mutations.len());
     for operation in &write.operations {
         let record = writing.record(&operation.key)?;
@@ -243,12 +242,47 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
     for result in results.iter_mut().skip(write.operations.len()) {
         result.context.clone_from(&applied);
     }
-    if let Some(request) = write.request {
-        let remembered = Remembered { executed: write.time, fingerprint, results };
-        state.remember(request, &remembered);
-        return Ok(Outcome::Written(remembered.results));
-    }
+    remember(state, request, write.time, &results, Vec::new());
     Ok(Outcome::Written(results))
+}
+
+/// What a request was answered when it came before; `None` if that is not remembered.
+fn answered_before<S: ShardState>(
+    state: &S,
+    write: &Write,
+    request: Option<Requested>,
+) -> Result<Option<Outcome>, S::Error> {
+    let Some(Requested { id, fingerprint }) = request else { return Ok(None) };
+    let Some(before) = state.remembered(id)? else { return Ok(None) };
+    if before.fingerprint != fingerprint {
+        return Ok(Some(Outcome::RequestReused));
+    }
+    if before.failed_checks.is_empty() {
+        return Ok(Some(Outcome::Written(before.results)));
+    }
+    let mut failed = Vec::with_capacity(before.failed_checks.len());
+    for check in before.failed_checks {
+        // The same fingerprint means the same checks.
+        if let Some(demanded) = write.checks.get(check) {
+            failed
+                .push(FailedCheck { check, actual: state.record(write.namespace, &demanded.key)? });
+        }
+    }
+    Ok(Some(Outcome::ChecksFailed(failed)))
+}
+
+fn remember<S: ShardState>(
+    state: &mut S,
+    request: Option<Requested>,
+    executed: HybridTime,
+    results: &[Written],
+    failed_checks: Vec<usize>,
+) {
+    if let Some(Requested { id, fingerprint }) = request {
+        let results = results.to_vec();
+        let remembered = Remembered { executed, fingerprint, results, failed_checks };
+        state.remember(id, &remembered);
+    }
 }
 
 fn execute_expire<S: ShardState>(state: &mut S, expire: &Expire) -> Result<Outcome, S::Error> {
@@ -282,6 +316,8 @@ pub(crate) struct Writing<'a, S: ShardState> {
     state: &'a S,
     place: Place,
     actor: Actor,
+    /// The client's request, if it is one with an id.
+    request: Option<Requested>,
     first_seq: u64,
     /// What was applied before.
     frontier: VersionVector,
@@ -313,6 +349,7 @@ impl<'a, S: ShardState> Writing<'a, S> {
             first_seq,
             frontier,
             depends_on,
+            request: None,
             deltas: Vec::new(),
             records: BTreeMap::new(),
             ledger: Vec::new(),
@@ -400,11 +437,12 @@ impl<'a, S: ShardState> Writing<'a, S> {
         let others = record.context().iter().filter(|(actor, _)| *actor != self.actor);
         others.for_each(|(actor, seq)| self.depends_on.advance(actor, seq));
         let time = time.max(record.latest_time().next());
-        let sibling = Sibling { dot, time, content };
+        let request = self.request.map(|request| request.tag(self.deltas.len()));
+        let sibling = Sibling { dot, time, request, content };
         let delta = Delta { key, sibling, supersedes, pushed_out };
         let Place { rule, noted, .. } = self.place;
         let dropped = record.apply(&delta, &self.frontier, rule);
-        let conflict = !dropped.is_empty() || record.siblings().len() > 1;
+        let conflict = !dropped.is_empty() || record.versions() > 1;
         let entry = |dropped| LedgerEntry::new(delta.key.clone(), dropped, noted);
         self.ledger.extend(dropped.into_iter().map(entry));
         let context = record.context().clone();
@@ -414,10 +452,20 @@ impl<'a, S: ShardState> Writing<'a, S> {
     }
 
     fn finish(self) -> Planned {
-        let Self { place, actor, first_seq, frontier, depends_on, deltas, records, ledger, .. } =
-            self;
+        let Self {
+            place,
+            actor,
+            request,
+            first_seq,
+            frontier,
+            depends_on,
+            deltas,
+            records,
+            ledger,
+            ..
+        } = self;
         let ahead_by = depends_on.minus(&frontier);
-        let change = Change { actor, first_seq, depends_on, ahead_by, deltas };
+        let change = Change { actor, first_seq, depends_on, ahead_by, request, deltas };
         Planned { namespace: place.namespace, change, records, ledger }
     }
 }
@@ -451,6 +499,7 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
         repeated: 0,
         frontier: state.frontier(ingest.namespace),
         stopped: None,
+        reused: None,
     };
     if !is_between(state, ingest.local, ingest.source) {
         ingested.stopped = Some(Stopped::SourceOut);
@@ -471,9 +520,14 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
             break;
         }
         let seen = change.seen();
+        let mut conflicts = Vec::with_capacity(change.deltas.len());
+        let mut added = Vec::new();
         for delta in &change.deltas {
             let mut record = state.record(ingest.namespace, &delta.key)?.unwrap_or_default();
-            for dropped in record.apply(delta, &seen, ingest.rule) {
+            added.extend(typed::addition(&record, delta));
+            let dropped = record.apply(delta, &seen, ingest.rule);
+            conflicts.push(!dropped.is_empty() || record.versions() > 1);
+            for dropped in dropped {
                 let entry = LedgerEntry::new(delta.key.clone(), dropped, ingest.time);
                 state.add_to_ledger(ingest.namespace, entry);
             }
@@ -482,8 +536,77 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
         append(state, ingest.namespace, change);
         ingested.frontier.add(change.last());
         ingested.applied += 1;
+        if !added.is_empty() && gives_way(state, ingest.local, change)? {
+            take_back(state, ingest, added)?;
+            ingested.frontier = state.frontier(ingest.namespace);
+        }
+        if let Some(reused) = remember_change(state, change, &conflicts)? {
+            ingested.reused.get_or_insert(reused);
+        }
     }
     Ok(Outcome::Ingested(ingested))
+}
+
+/// Whether this region took the request of a change before it heard that the other did, and is the one of
+/// the two that gives way.
+fn gives_way<S: ShardState>(state: &S, local: Actor, change: &Change) -> Result<bool, S::Error> {
+    let Some(request) = change.request else { return Ok(false) };
+    if local.region < change.actor.region || inactive(state, local).is_some() {
+        return Ok(false);
+    }
+    let before = state.remembered(request.id)?;
+    Ok(before.is_some_and(|before| {
+        before.fingerprint == request.fingerprint
+            && before.results.first().is_some_and(|it| it.dot.actor.region == local.region)
+    }))
+}
+
+/// Takes back what this region had added to counters for a request that another had taken, too: values can
+/// be shown as one, sums cannot.
+fn take_back<S: ShardState>(
+    state: &mut S,
+    ingest: &Ingest,
+    added: Vec<Mutation>,
+) -> Result<(), S::Error> {
+    let place = Place { namespace: ingest.namespace, rule: ingest.rule, noted: ingest.time };
+    let frontier = state.frontier(ingest.namespace);
+    let mut writing = Writing::new(&*state, place, ingest.local, frontier);
+    for mutation in added {
+        // What leaves the range of a sum stays; there is no number to take it back to.
+        let _ = typed::mutate(&mut writing, &mutation, ingest.time)?;
+    }
+    writing.finish().execute(state);
+    Ok(())
+}
+
+/// Remembers the request that a change of another region carries out, so that a repeat of it here is
+/// answered with that change. Answers the request's id if it stands for another write here.
+fn remember_change<S: ShardState>(
+    state: &mut S,
+    change: &Change,
+    conflicts: &[bool],
+) -> Result<Option<RequestId>, S::Error> {
+    let Some(request) = change.request else { return Ok(None) };
+    if let Some(before) = state.remembered(request.id)? {
+        if before.fingerprint != request.fingerprint {
+            return Ok(Some(request.id));
+        }
+        if before.failed_checks.is_empty() {
+            // This region took it, too, or heard of another that did: the first answer stays.
+            return Ok(None);
+        }
+        // The checks did not hold here, but where they did the write stands.
+    }
+    // What the origin had seen, and so answered: of this key, no more and no less than its record.
+    let mut context = change.seen().into_owned();
+    let results = change.deltas.iter().zip(conflicts).map(|(delta, &conflict)| {
+        let Sibling { dot, time, .. } = delta.sibling;
+        context.add(dot);
+        Written { dot, time, context: context.clone(), conflict, sum: None }
+    });
+    let results: Vec<Written> = results.collect();
+    remember(state, Some(request), change.time(), &results, Vec::new());
+    Ok(None)
 }
 
 /// Whether the log holds a different change under the same dots.
@@ -621,19 +744,28 @@ fn append<S: ShardState>(state: &mut S, namespace: NamespaceId, change: &Change)
     state.set_frontier(namespace, frontier);
 }
 
-/// What the write's contexts have seen, if this region has not applied all of it. What a repair
-/// brought ahead of the frontier counts for its own key, unless that has many records.
+/// What the write's contexts have seen, and those of its checks, if this region has not applied all of
+/// it. What a repair brought ahead of the frontier counts for its own key, unless that has many records.
 fn context_ahead<S: ShardState>(
     state: &S,
     write: &Write,
     frontier: &VersionVector,
 ) -> Result<Option<VersionVector>, S::Error> {
     let mut needed = VersionVector::new();
-    for operation in &write.operations {
-        let Some(context) = operation.context.as_ref().filter(|it| !frontier.covers_all(it)) else {
+    let of_operations =
+        write.operations.iter().filter_map(|it| Some((&it.key, it.context.as_ref()?)));
+    let of_checks = write.checks.iter().filter_map(|it| match &it.condition {
+        Condition::ContextCurrent(context) => Some((&it.key, context)),
+        Condition::Absent
+        | Condition::Present
+        | Condition::DotEquals(_)
+        | Condition::DataEquals(_) => None,
+    });
+    for (key, context) in of_operations.chain(of_checks) {
+        if frontier.covers_all(context) {
             continue;
-        };
-        let record = state.record(write.namespace, &operation.key)?;
+        }
+        let record = state.record(write.namespace, key)?;
         let mut here = frontier.clone();
         record.iter().for_each(|record| here.join(record.context()));
         if !here.covers_all(context) {

@@ -54,11 +54,14 @@ pub enum Invariant {
     NoTombstones,
     /// While all paths are up, a change crosses each link once.
     OncePerLink,
+    /// A region that has a request's change does not execute the request again, and where two regions
+    /// have executed one, it is shown once and has not lost to itself.
+    RequestOnce,
 }
 
 impl Invariant {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Convergence,
         Self::NoLostWrite,
         Self::NoResurrection,
@@ -72,6 +75,7 @@ impl Invariant {
         Self::LedgerWhole,
         Self::NoTombstones,
         Self::OncePerLink,
+        Self::RequestOnce,
     ];
 
     /// The promise in one sentence.
@@ -104,6 +108,9 @@ impl Invariant {
             Self::LedgerWhole => "what a rule dropped is in the ledger of every region",
             Self::NoTombstones => "after healing no tombstone stays",
             Self::OncePerLink => "while all paths are up, a change crosses each link once",
+            Self::RequestOnce => {
+                "a request is executed once where its change is known, and shown once everywhere"
+            }
         }
     }
 }
@@ -222,7 +229,7 @@ mod tests {
     fn delta(dot: Dot, wall: u64, value: &'static str, supersedes: &[Dot]) -> Delta {
         let time = HybridTime::new(wall, 0).unwrap();
         let content = if value.is_empty() { Content::Tombstone } else { Content::value(value) };
-        let sibling = Sibling { dot, time, content };
+        let sibling = Sibling { dot, time, request: None, content };
         Delta { key: "k".into(), sibling, supersedes: supersedes.to_vec(), pushed_out: Vec::new() }
     }
 
@@ -262,6 +269,7 @@ mod tests {
             first_seq: seq,
             depends_on: VersionVector::new(),
             ahead_by: VersionVector::new(),
+            request: None,
             deltas: vec![delta(dot(1, seq), 1, "v", &[])],
         };
         let upto = |seq| -> VersionVector { [(dot(1, 1).actor, seq)].into_iter().collect() };

@@ -33,6 +33,7 @@ pub mod record;
 pub mod region;
 pub mod relay;
 pub mod repair;
+pub mod request;
 pub mod stability;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -8,6 +8,7 @@
 //! Invariants:
 //! * A digest depends on what readers can see: the key, the live siblings' dots and contents.
 //!   Contexts, tombstones and local numbers are not in it: collecting garbage makes no difference.
+//!   Nor are the tags of requests: they follow from the dots. Twins are in it both, as in the record.
 //! * A tree depends on the set of records only, not on how it came about.
 //!
 //! Source: Merkle (1987); the XOR form as in Riak's and Dynamo's anti-entropy trees, which keep
@@ -155,7 +156,7 @@ mod tests {
 
     fn record(region: u16, seq: u64, content: Content) -> Record {
         let dot = Dot { actor: Actor { region: RegionId(region), incarnation: 1 }, seq };
-        let sibling = Sibling { dot, time: HybridTime::ZERO, content };
+        let sibling = Sibling { dot, time: HybridTime::ZERO, request: None, content };
         let delta =
             Delta { key: Bytes::new(), sibling, supersedes: Vec::new(), pushed_out: Vec::new() };
         let mut record = Record::default();

@@ -91,12 +91,20 @@ mod tests {
 
     fn change(region: u16, seq: u64, depends_on: &[(u16, u64)]) -> Change {
         let dot = Dot { actor: actor(region), seq };
-        let sibling = Sibling { dot, time: HybridTime::ZERO, content: Content::Tombstone };
+        let sibling =
+            Sibling { dot, time: HybridTime::ZERO, request: None, content: Content::Tombstone };
         let delta =
             Delta { key: "k".into(), sibling, supersedes: Vec::new(), pushed_out: Vec::new() };
         let depends_on = depends_on.iter().map(|&(region, seq)| (actor(region), seq)).collect();
         let ahead_by = VersionVector::new();
-        Change { actor: actor(region), first_seq: seq, depends_on, ahead_by, deltas: vec![delta] }
+        Change {
+            actor: actor(region),
+            first_seq: seq,
+            depends_on,
+            ahead_by,
+            request: None,
+            deltas: vec![delta],
+        }
     }
 
     fn seqs(changes: &[Change]) -> Vec<u64> {

@@ -13,6 +13,8 @@
 //! * Under `siblings` every sibling is a value; a record without siblings is a tombstone.
 //! * Elements of typed values ([`crate::element`]) merge as under `siblings`; what a reader sees of
 //!   them is for [`crate::typed`] to say. A record whose siblings are all resets is a tombstone, too.
+//! * Twins, which are one request that two regions took, are kept apart and shown as one: a merge
+//!   knows nothing of them, and a reader sees the one with the lowest dot ([`crate::request`]).
 //!
 //! Source: Preguiça et al., "Dotted Version Vectors" (2010), arXiv:1011.5808.
 
@@ -23,6 +25,7 @@ use crate::{
     hlc::HybridTime,
     id::Dot,
     ledger::Cause,
+    request::RequestTag,
     vector::{VersionVector, decode_dot, encode_dot},
 };
 
@@ -223,15 +226,24 @@ pub struct Sibling {
     pub dot: Dot,
     /// When, by the hybrid clock of the region that took the write.
     pub time: HybridTime,
+    /// The request that the write carried out, if that came with an id.
+    pub request: Option<RequestTag>,
     /// What it left.
     pub content: Content,
 }
+
+/// Stands before a sibling's tag, where its content would begin; no content begins so.
+const TAGGED: u8 = 0xff;
 
 impl Sibling {
     /// Appends the encoding.
     pub fn encode(&self, writer: &mut Writer) {
         encode_dot(self.dot, writer);
         writer.fixed64(self.time.to_bits());
+        if let Some(RequestTag(tag)) = self.request {
+            writer.u8(TAGGED);
+            writer.fixed64(tag);
+        }
         self.content.encode(writer);
     }
 
@@ -242,7 +254,18 @@ impl Sibling {
     pub fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
         let dot = decode_dot(reader)?;
         let time = HybridTime::from_bits(reader.fixed64()?);
-        Ok(Self { dot, time, content: Content::decode(reader)? })
+        let request =
+            if reader.skip_if(TAGGED) { Some(RequestTag(reader.fixed64()?)) } else { None };
+        Ok(Self { dot, time, request, content: Content::decode(reader)? })
+    }
+
+    /// Whether both are the same write of the same request, taken by two regions.
+    pub fn is_twin_of(&self, other: &Self) -> bool {
+        self.request.is_some() && self.request == other.request && self.dot != other.dot
+    }
+
+    fn live_at(&self, now: HybridTime) -> Option<&Bytes> {
+        self.content.live_at(now)
     }
 
     fn precedence(&self) -> (HybridTime, Dot) {
@@ -299,9 +322,31 @@ impl Record {
         &self.siblings
     }
 
-    /// The siblings that a reader sees at `now`, with their bytes.
+    /// The siblings that a reader sees at `now`, with their bytes: of twins, the first.
     pub fn live_at(&self, now: HybridTime) -> impl Iterator<Item = (&Sibling, &Bytes)> {
-        self.siblings.iter().filter_map(move |held| Some((held, held.content.live_at(now)?)))
+        let live = move || {
+            let live = move |held| Some((held, Sibling::live_at(held, now)?));
+            self.siblings.iter().filter_map(live)
+        };
+        let is_shown = move |held: &Sibling| {
+            !live().any(|(other, _)| other.dot < held.dot && other.is_twin_of(held))
+        };
+        live().filter(move |(held, _)| is_shown(held))
+    }
+
+    /// Whether a value that a reader could see at `now` is the work of this write, shown or not.
+    pub fn is_live_by(&self, dot: Dot, now: HybridTime) -> bool {
+        let is_it = |held: &Sibling| held.dot == dot && held.live_at(now).is_some();
+        self.siblings.iter().any(is_it)
+    }
+
+    /// How many concurrent contents there are, twins counted once.
+    pub fn versions(&self) -> usize {
+        let is_first = |held: &&Sibling| {
+            let is_earlier_twin = |other: &Sibling| other.dot < held.dot && other.is_twin_of(held);
+            !self.siblings.iter().any(is_earlier_twin)
+        };
+        self.siblings.iter().filter(is_first).count()
     }
 
     /// Whether a reader sees anything at `now`.
@@ -314,10 +359,24 @@ impl Record {
         self.siblings.iter().map(|held| held.time).max().unwrap_or(HybridTime::ZERO)
     }
 
-    /// The dots that a write with this context replaces; `None` stands for "all that is here".
+    /// The dots that a write with this context replaces; `None` stands for "all that is here". Whoever
+    /// has seen a twin has seen the other.
     pub fn superseded_by(&self, context: Option<&VersionVector>) -> Vec<Dot> {
-        let seen = |held: &&Sibling| context.is_none_or(|context| context.covers(held.dot));
+        let seen = |held: &&Sibling| context.is_none_or(|context| self.is_seen(held, context));
         self.siblings.iter().filter(seen).map(|held| held.dot).collect()
+    }
+
+    /// Whether nothing was written here beyond what `context` has seen.
+    pub fn is_current(&self, context: &VersionVector) -> bool {
+        let mut seen = context.clone();
+        let held = self.siblings.iter().filter(|held| self.is_seen(held, context));
+        held.for_each(|held| seen.add(held.dot));
+        seen.covers_all(&self.context)
+    }
+
+    fn is_seen(&self, held: &Sibling, context: &VersionVector) -> bool {
+        let is_seen_twin = |other: &Sibling| other.is_twin_of(held) && context.covers(other.dot);
+        context.covers(held.dot) || self.siblings.iter().any(is_seen_twin)
     }
 
     /// Whether no sibling holds a value: only the fact of a deletion is left.
@@ -350,7 +409,9 @@ impl Record {
         let unseen = if rule.is_typed() { Cause::Rule } else { Cause::Bound };
         let pushed_out = pushed_out.into_iter().map(lost(unseen));
         // A reset that is over has done what it was for.
-        let outlived = outlived.into_iter().filter(|held| held.content == Content::Tombstone);
+        let outlived = outlived
+            .into_iter()
+            .filter(|held| held.content == Content::Tombstone && !held.is_twin_of(incoming));
         let outlived = outlived.map(lost(Cause::Rule));
         pushed_out.chain(outlived).chain(self.resolve(rule)).collect()
     }
@@ -398,8 +459,13 @@ impl Record {
         };
         let (winner_time, winner) = winner;
         let lost = self.take_out(|held| held.dot != winner);
-        let dropped = |loser| Dropped { loser, winner, winner_time, cause: Cause::Rule };
-        lost.into_iter().map(dropped).collect()
+        // The twin of what stays is no loss: it stays.
+        let is_loss =
+            |loser: &Sibling| !self.siblings.iter().any(|winner| loser.is_twin_of(winner));
+        lost.into_iter()
+            .filter(is_loss)
+            .map(|loser| Dropped { loser, winner, winner_time, cause: Cause::Rule })
+            .collect()
     }
 
     /// The encoding, with its format version.

@@ -17,7 +17,8 @@
 //! * A mutation is planned as a whole: what is refused has changed nothing.
 //! * A counter is exact: no addition is lost or counted twice, whatever is deleted concurrently. Each
 //!   region's share is cumulative and only that region writes it; a deletion leaves a
-//!   [`Content::Reset`] that says how much of it it had seen.
+//!   [`Content::Reset`] that says how much of it it had seen. Of two regions that took one request the
+//!   one with the higher number takes its addition back when it hears of the other's.
 //! * A value that is no larger than the maximum that is held changes nothing, not even if that maximum
 //!   is being deleted elsewhere.
 //!
@@ -37,7 +38,7 @@ use crate::{
     execute::{Replaced, ShardState, Writing},
     hlc::HybridTime,
     id::Dot,
-    record::{Content, Count, Record, Rule, Sibling},
+    record::{Content, Count, Delta, Record, Rule, Sibling},
     vector::VersionVector,
 };
 
@@ -213,8 +214,12 @@ fn replaced(record: &Record, kind: Kind, context: Option<&VersionVector>) -> Rep
     if kind != Kind::Register {
         return Replaced { supersedes: all, pushed_out: Vec::new() };
     }
-    let shown = latest_of(record).map(|(held, _)| held.dot);
-    let is_hidden = |dot: &Dot| Some(*dot) != shown;
+    let shown = latest_of(record).map(|(held, _)| held);
+    let held = |dot: &Dot| record.siblings().iter().find(|held| held.dot == *dot);
+    let is_hidden = |dot: &Dot| {
+        let (Some(shown), Some(held)) = (shown, held(dot)) else { return false };
+        held.dot != shown.dot && !held.is_twin_of(shown)
+    };
     let (pushed_out, supersedes) = all.into_iter().partition(is_hidden);
     Replaced { supersedes, pushed_out }
 }
@@ -361,6 +366,16 @@ fn add<S: ShardState>(
     let mut done = writing.write(record, key, Content::Count(count), replaced, time);
     (done.sum, done.conflict) = (Some(sum), false);
     Ok(Ok(done))
+}
+
+/// What a region added to a counter with a delta, as the mutation that takes it back; `record` is what was
+/// held before it.
+pub(crate) fn addition(record: &Record, delta: &Delta) -> Option<Mutation> {
+    let Content::Count(count) = delta.sibling.content else { return None };
+    let Element { key, path, .. } = Element::from_key(&delta.key)?;
+    let before = count_of(record).filter(|(_, held)| held.since == count.since);
+    let by = before.map_or(0, |(_, held)| held.total).checked_sub(count.total)?;
+    Some(Mutation { key, path, action: Action::Add(by), context: None })
 }
 
 /// Raises a maximum or lowers a minimum. What is not beyond the extreme that is held writes nothing.

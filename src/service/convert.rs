@@ -114,6 +114,9 @@ impl Scope<'_> {
             Some(pb::check::Condition::Present(pb::Present {})) => Condition::Present,
             Some(pb::check::Condition::DotEquals(dot)) => Condition::DotEquals(decode_dot(dot)?),
             Some(pb::check::Condition::DataEquals(data)) => Condition::DataEquals(data),
+            Some(pb::check::Condition::ContextCurrent(context)) => {
+                Condition::ContextCurrent(self.context(&check.key, &context)?.unwrap_or_default())
+            }
             None => return Err(Reason::RequestInvalid.status("a check has no condition", &[])),
         };
         Ok(Check { key: self.key(check.key)?, condition })

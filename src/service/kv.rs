@@ -27,8 +27,9 @@ use crate::{
     },
     gateway::{Call, Gateway, request as with_metadata},
     reason::Reason,
+    replicated::{Awaited, encode_coverage, pending},
     scan::{SCANS_MAX, ScanStream},
-    status::{not_implemented, of_key_error},
+    status::of_key_error,
     typed::{Asked, MUTATIONS_MAX, Page, ReadError, mutated, of_refused, read},
 };
 
@@ -143,7 +144,7 @@ impl KvApi {
         if let WriteOutcome::Written(results) = &reply.outcome
             && let Some(last) = results.last()
         {
-            self.wait_for_regions(prepared, last.dot, call.deadline).await?;
+            self.wait_for_regions(prepared, last.dot, call).await?;
         }
         Ok(reply)
     }
@@ -152,34 +153,50 @@ impl KvApi {
         &self,
         prepared: &Prepared,
         dot: Dot,
-        deadline: Instant,
+        call: Call,
     ) -> Result<(), Status> {
         let count = prepared.ack_regions as usize;
-        let peers = prepared.shard.peers();
         if count == 0 {
             return Ok(());
         }
-        let members = prepared.shard.store().members();
-        let id = prepared.namespace.id;
-        if peers.wait_covered(id, dot, count, &members, deadline).await {
-            return Ok(());
+        let awaited = Awaited {
+            namespace: Arc::clone(&prepared.namespace),
+            shard: prepared.shard.clone(),
+            needed: [(dot.actor, dot.seq)].into_iter().collect(),
+        };
+        // The write stands. Whoever forwarded it must not hear "not the leader", and send it again.
+        let call = Call { no_forward: false, ..call };
+        let metadata = [("dot", dot.to_string())];
+        match self.gateway.await_shard(&awaited, count, call).await {
+            Ok(coverage) if count <= coverage.has.len() => Ok(()),
+            Ok(coverage) => {
+                let (topology, reason) = (self.gateway.topology(), Reason::AckRegionsPending);
+                Err(pending(topology, reason, &coverage, count, &metadata))
+            }
+            // This node stops. A repeat of the request waits at another one.
+            Err(status)
+                if prepared.request.is_some()
+                    && Reason::of(&status) == Some(Reason::ReplicaFailed) =>
+            {
+                Err(status)
+            }
+            Err(status) => {
+                let text = format!(
+                    "the write stands in this region; who else has it is not known: {}",
+                    status.message()
+                );
+                Err(Reason::AckRegionsPending.status(text, &metadata))
+            }
         }
-        Err(Reason::AckRegionsPending.status(
-            format!(
-                "the write stands in region `{}`; not all {count} other regions have confirmed it yet",
-                self.gateway.topology().local_name()
-            ),
-            &[("dot", dot.to_string())],
-        ))
     }
 
-    fn check_ack_regions(&self, count: u32) -> Result<(), Status> {
+    fn check_regions(&self, asked_as: &str, count: u32) -> Result<(), Status> {
         let others = self.gateway.topology().peers().len();
         if count as usize <= others {
             return Ok(());
         }
         Err(Reason::AckRegionsTooMany.status(
-            format!("ack_regions is {count}, but there are {others} other regions"),
+            format!("{asked_as} is {count}, but there are {others} other regions"),
             &[("max", others.to_string())],
         ))
     }
@@ -205,7 +222,7 @@ impl KvApi {
         session_token: &Bytes,
         ack_regions: u32,
     ) -> Result<Prepared, Status> {
-        self.check_ack_regions(ack_regions)?;
+        self.check_regions("ack_regions", ack_regions)?;
         let Changes { operations, mutations } = changes;
         Ok(Prepared {
             shard: self.gateway.shards().of_key(key).clone(),
@@ -257,7 +274,7 @@ impl KvApi {
         if operations_count > BATCH_OPERATIONS_MAX {
             return Err(batch_too_large("checks and writes", operations_count));
         }
-        self.check_ack_regions(message.ack_regions)?;
+        self.check_regions("ack_regions", message.ack_regions)?;
         let scope = self.gateway.scope(namespace.id);
         let checks: Vec<Check> = message
             .checks
@@ -388,10 +405,13 @@ impl KvApi {
             return Err(Reason::Internal.status("a write without checks failed a check", &[]));
         };
         let Prepared { namespace, shard, mutations, session, .. } = prepared;
-        if results.len() != mutations.len() {
+        let Some(last) = results.last().cloned() else {
             let text = "the request id was used for another kind of request";
             return Err(Reason::RequestIdInvalid.status(text, &[]));
-        }
+        };
+        // Of a request that another region took this one knows its writes, and not which mutation each is of.
+        let is_whole = results.len() == mutations.len();
+        let results = if is_whole { results } else { vec![last; mutations.len()] };
         let scope = self.gateway.scope(namespace.id);
         let seen = results.last().map(|last| last.context.clone()).unwrap_or_default();
         Ok(pb::MutateResponse {
@@ -442,10 +462,21 @@ fn repeated_key(writes: &[pb::Write]) -> Option<&Bytes> {
 impl Changes {
     /// Adds a write of a commit.
     fn add(&mut self, scope: &Scope<'_>, rule: Rule, write: pb::Write) -> Result<(), Status> {
+        use pb::{put_request::Expiration as OfPut, write::Expiration as OfWrite};
+        let expiration = write.expiration.map(|expiration| match expiration {
+            OfWrite::ExpireTime(at) => OfPut::ExpireTime(at),
+            OfWrite::Ttl(ttl) => OfPut::Ttl(ttl),
+        });
         match write.action {
             Some(pb::write::Action::Put(value)) => {
-                let put = scope.put(rule, write.key, Some(value), None, &write.context)?;
+                let expire = decode_expiration(expiration, scope.now)?;
+                let put = scope.put(rule, write.key, Some(value), expire, &write.context)?;
                 self.operations.push(put);
+            }
+            Some(pb::write::Action::Delete(_) | pb::write::Action::Mutate(_))
+                if expiration.is_some() =>
+            {
+                return Err(Reason::TtlInvalid.status("only a put has a time to live", &[]));
             }
             Some(pb::write::Action::Delete(pb::Remove {})) => {
                 let deletion = Self::deletion(scope, rule, &write.key, &write.context)?;
@@ -755,9 +786,17 @@ impl KvService for KvApi {
 
     async fn await_replication(
         &self,
-        _: Request<pb::AwaitReplicationRequest>,
+        request: Request<pb::AwaitReplicationRequest>,
     ) -> Result<Response<pb::AwaitReplicationResponse>, Status> {
-        Err(not_implemented("AwaitReplication"))
+        let call = self.gateway.call(request.metadata());
+        let message = request.into_inner();
+        self.check_regions("regions", message.regions)?;
+        let session = self.gateway.session(&message.session_token)?;
+        let namespace = self.gateway.namespace(&message.namespace, call.deadline).await?;
+        let awaited = self.gateway.awaited(&namespace, &session);
+        let count = message.regions as usize;
+        let coverage = self.gateway.await_all(&awaited, count, call).await?;
+        Ok(Response::new(encode_coverage(self.gateway.topology(), &coverage)))
     }
 }
 

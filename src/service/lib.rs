@@ -26,6 +26,7 @@ mod namespace;
 mod node;
 pub mod reason;
 mod region;
+mod replicated;
 mod scan;
 mod status;
 mod typed;

@@ -151,8 +151,8 @@ reasons! {
         "The request is larger than `limits.max_message_bytes`."
         "Split the request, or raise the limit on every node of the region."
     AckRegionsTooMany "ACK_REGIONS_TOO_MANY" InvalidArgument Never 0
-        "`ack_regions` is larger than the number of other regions that hold the namespace."
-        "Lower `ack_regions`."
+        "The write or the wait asks for more other regions than there are."
+        "Lower `ack_regions`, or `regions` of the wait."
     NamespaceNotFound "NAMESPACE_NOT_FOUND" NotFound Never 0
         "This region knows no namespace of that name."
         "Correct the name, create the namespace, or wait until its creation reached this region."
@@ -245,7 +245,10 @@ reasons! {
         "Repeat with the same `request_id` and a longer deadline."
     AckRegionsPending "ACK_REGIONS_PENDING" DeadlineExceeded Never 0
         "The write stands in this region, but `ack_regions` others did not confirm it in time."
-        "Do not repeat: it will be replicated; metadata `dot` names the write."
+        "Do not repeat: it will be replicated. Metadata: `dot` is the write, `missing` who lacks it."
+    ReplicationPending "REPLICATION_PENDING" DeadlineExceeded Never 0
+        "By the deadline, fewer other regions than asked for had all that the session has seen."
+        "Wait again; metadata `missing` names who lacks some of it, `behind` how many events each."
     NotImplemented "NOT_IMPLEMENTED" Unimplemented Never 0
         "This version of the server does not do that yet."
         "Leave out the field or call named in the message."

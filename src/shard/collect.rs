@@ -31,6 +31,9 @@ pub struct CollectConfig {
     pub interval: Duration,
     /// How long the outcome of a request is remembered.
     pub request_retention: Duration,
+    /// How many requests of one client are remembered in one shard: its latest, by number. A client
+    /// may have that many on their way. Less than half of what one search of the store looks at.
+    pub requests_per_client: usize,
     /// Most bytes of the change log of one namespace in one shard that are kept for a region that
     /// is behind; it repairs from there.
     pub change_log_bytes: u64,
@@ -45,6 +48,7 @@ impl Default for CollectConfig {
         Self {
             interval: Duration::from_secs(5),
             request_retention: Duration::from_secs(600),
+            requests_per_client: 16_384,
             change_log_bytes: 256 << 20,
             ledger_retention: Duration::from_secs(7 * 24 * 3600),
             ledger_bytes: 64 << 20,
@@ -281,12 +285,13 @@ impl Collector {
     async fn forget_requests(&self, shard: &Shard, before: HybridTime) -> Result<(), ShardError> {
         for _ in 0..COMMANDS_PER_LOOK {
             let store = shard.store().clone();
-            let search = move || store.expired_requests(before, REQUESTS_PER_COMMAND);
-            let expired = blocking(search).await?;
-            if expired.is_empty() {
+            let keep = self.config.requests_per_client;
+            let search = move || store.requests_to_forget(before, keep, REQUESTS_PER_COMMAND);
+            let found = blocking(search).await?;
+            if found.is_empty() {
                 break;
             }
-            shard.forget(expired, Instant::now() + PROPOSAL_TIMEOUT).await?;
+            shard.forget(found, Instant::now() + PROPOSAL_TIMEOUT).await?;
         }
         Ok(())
     }

@@ -8,12 +8,12 @@
 //! reconnect, which they do at once. Until then a peer counts as having nothing, so nothing is
 //! forgotten too early and nobody is told that a write has arrived where it may not have.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 use tombolo_core::{
-    Actor, Dot, Members, NamespaceId, RegionId, VersionVector,
+    Actor, Members, NamespaceId, RegionId, VersionVector,
     members::{self, FenceTold},
     stability::{self, Told},
 };
@@ -27,6 +27,51 @@ struct Words {
     told: BTreeMap<Actor, Told>,
     /// Of regions that are shut out.
     fences: FenceTold,
+}
+
+/// Which other regions have applied what was asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Coverage {
+    /// They have all of it.
+    pub has: BTreeSet<RegionId>,
+    /// They lack so many events of it; `None` if a region is shut out, or has not spoken to this leader.
+    pub lacks: BTreeMap<RegionId, Option<u64>>,
+}
+
+impl Coverage {
+    /// Of these regions, each as what it writes now (`None`: it is shut out).
+    fn of(
+        held: Option<&BTreeMap<Actor, VersionVector>>,
+        needed: &VersionVector,
+        regions: impl IntoIterator<Item = (RegionId, Option<Actor>)>,
+    ) -> Self {
+        let mut coverage = Self::default();
+        for (region, actor) in regions {
+            let frontier = actor.and_then(|actor| held?.get(&actor));
+            match frontier.map(|frontier| needed.events_beyond(frontier)) {
+                Some(0) => {
+                    coverage.has.insert(region);
+                }
+                lacks => {
+                    coverage.lacks.insert(region, lacks);
+                }
+            }
+        }
+        coverage
+    }
+}
+
+impl Coverage {
+    /// What holds of two things that were asked for together: a region has both, or lacks what it
+    /// lacks of either.
+    pub fn and(&self, other: &Self) -> Self {
+        let mut both = Self { has: &self.has & &other.has, lacks: self.lacks.clone() };
+        for (&region, &lacks) in &other.lacks {
+            let here = both.lacks.get(&region).copied().unwrap_or(Some(0));
+            both.lacks.insert(region, here.zip(lacks).map(|(here, there)| here + there));
+        }
+        both
+    }
 }
 
 /// The frontiers that other regions acknowledged.
@@ -122,35 +167,42 @@ impl PeerFrontiers {
         stability::stable(local, regions.into_iter().map(of))
     }
 
-    /// Waits until `count` regions in their present lives, as `members` knows them, cover `dot`; answers
-    /// whether they did before the deadline.
+    /// Waits until `count` of `regions` have applied `needed`, and answers who has; at the deadline it
+    /// may be fewer. `regions` is asked with every look, and names each as what it writes now (`None`: it
+    /// is shut out).
     ///
     /// Cancellation safe: it only looks.
-    pub async fn wait_covered(
+    pub async fn wait_covered<R>(
         &self,
         namespace: NamespaceId,
-        dot: Dot,
+        needed: &VersionVector,
         count: usize,
-        members: &Members,
+        regions: impl Fn() -> R,
         deadline: Instant,
-    ) -> bool {
+    ) -> Coverage
+    where
+        R: IntoIterator<Item = (RegionId, Option<Actor>)>,
+    {
         let mut frontiers = self.frontiers.subscribe();
-        let covered = frontiers.wait_for(|frontiers| {
-            let Some(held) = frontiers.get(&namespace) else { return count == 0 };
-            let has = |(region, frontier): &(&Actor, &VersionVector)| {
-                members.admit(**region) && frontier.covers(dot)
+        loop {
+            let coverage = {
+                let frontiers = frontiers.borrow_and_update();
+                Coverage::of(frontiers.get(&namespace), needed, regions())
             };
-            held.iter().filter(has).count() >= count
-        });
-        matches!(tokio::time::timeout_at(deadline, covered).await, Ok(Ok(_)))
+            if count <= coverage.has.len() {
+                return coverage;
+            }
+            let changed = tokio::time::timeout_at(deadline, frontiers.changed()).await;
+            if !matches!(changed, Ok(Ok(()))) {
+                return coverage;
+            }
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
-
-    use tombolo_core::{Member, MemberState};
 
     use super::*;
 
@@ -205,17 +257,49 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn waiting_ends_when_enough_regions_cover_the_dot_or_at_the_deadline() {
+    async fn waiting_ends_when_enough_regions_have_it_or_at_the_deadline() {
         let peers = PeerFrontiers::default();
-        let dot = Dot { actor: US, seq: 5 };
         let soon = Instant::now() + Duration::from_secs(1);
+        let all = || [2, 3, 4].map(|number| (RegionId(number), Some(region(number))));
+        let needed = upto(5);
+        let wait = |count| peers.wait_covered(NS, &needed, count, all, soon);
+        let nobody = wait(0).await;
+        assert_eq!((nobody.has.len(), nobody.lacks.len()), (0, 3));
+
+        let (one, ()) = tokio::join!(wait(1), async {
+            peers.acknowledge(NS, region(3), &upto(3));
+            tokio::task::yield_now().await;
+            peers.acknowledge(NS, region(2), &upto(5));
+        });
+        assert!(Instant::now() < soon, "woken, not timed out");
+        assert_eq!(one.has, [RegionId(2)].into());
+        assert_eq!(one.lacks, [(RegionId(3), Some(2)), (RegionId(4), None)].into());
+
+        assert_eq!(wait(2).await, one);
+        assert!(Instant::now() >= soon, "it waited for a second one");
+    }
+
+    #[test]
+    fn a_region_has_two_things_if_it_has_each() {
+        let coverage = |has: &[u16], lacks: &[(u16, Option<u64>)]| Coverage {
+            has: has.iter().copied().map(RegionId).collect(),
+            lacks: lacks.iter().map(|&(region, lacks)| (RegionId(region), lacks)).collect(),
+        };
+        let one = coverage(&[2, 3], &[(4, Some(5)), (5, None)]);
+        let other = coverage(&[2, 5], &[(3, Some(1)), (4, Some(2))]);
+        let both = coverage(&[2], &[(3, Some(1)), (4, Some(7)), (5, None)]);
+        assert_eq!((one.and(&other), other.and(&one)), (both.clone(), both));
+    }
+
+    #[tokio::test]
+    async fn a_region_that_is_shut_out_or_began_anew_has_nothing() {
+        let peers = PeerFrontiers::default();
         peers.acknowledge(NS, region(2), &upto(5));
-        let all = Members::new();
-        assert!(peers.wait_covered(NS, dot, 1, &all, soon).await);
-        assert!(!peers.wait_covered(NS, dot, 2, &all, soon).await);
-        assert!(peers.wait_covered(NS, dot, 0, &all, soon).await);
-        let fenced = Member { incarnation: 1, state: MemberState::Fenced };
-        let without = [(RegionId(2), fenced)].into_iter().collect();
-        assert!(!peers.wait_covered(NS, dot, 1, &without, soon).await);
+        let anew = Actor { incarnation: 2, ..region(2) };
+        for actor in [None, Some(anew)] {
+            let regions = || [(RegionId(2), actor)];
+            let coverage = peers.wait_covered(NS, &upto(5), 0, regions, Instant::now()).await;
+            assert_eq!(coverage.lacks, [(RegionId(2), None)].into());
+        }
     }
 }

@@ -169,7 +169,18 @@ impl Shard {
             changes,
         };
         match self.propose(&Command::Ingest(ingest), deadline).await? {
-            (Outcome::Ingested(ingested), _) => Ok(ingested),
+            (Outcome::Ingested(ingested), _) => {
+                if let Some(RequestId { client, number }) = ingested.reused {
+                    tracing::warn!(
+                        shard = %self.inner.id,
+                        region = %self.inner.topology.region_name(source.region),
+                        client,
+                        number,
+                        "a client used one request id for different writes in two regions; both stand"
+                    );
+                }
+                Ok(ingested)
+            }
             (outcome, _) => Err(self.unexpected("an ingest", &outcome)),
         }
     }

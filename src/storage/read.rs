@@ -3,7 +3,7 @@
 //! Every call sees one moment of the store, and does a bounded amount of work: a scan over many
 //! tombstones answers an empty page with a resume key instead of taking for ever.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use rocksdb::{DBRawIterator, ReadOptions, Snapshot};
@@ -21,8 +21,8 @@ use crate::{
 
 /// Records that one scan call passes over without returning them.
 const SKIPPED_MAX: usize = 4096;
-/// Remembered requests that one search for expired ones looks at.
-const REQUESTS_VISITED_MAX: usize = 20_000;
+/// Remembered requests that one search for those to forget looks at.
+const REQUESTS_VISITED_MAX: usize = 40_000;
 
 /// Which keys to scan, and in which order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -445,28 +445,33 @@ impl ShardStore {
         Ok(found)
     }
 
-    /// Remembered requests that were executed before `before`: at most `limit`.
+    /// Remembered requests to forget: those that were executed before `before`, and of each client
+    /// those that come before its latest `keep`. At most `limit`.
     ///
-    /// Looks at a bounded number of requests and goes on there with the next call, so that
-    /// calling it now and then finds all.
+    /// Looks at a bounded number of requests and goes on with the next call, so that calling it now
+    /// and then finds all. `keep` must be below half of that number.
     ///
     /// # Errors
     /// If one cannot be read.
-    pub fn expired_requests(
+    pub fn requests_to_forget(
         &self,
         before: HybridTime,
+        keep: usize,
         limit: usize,
     ) -> Result<Vec<RequestId>, StorageError> {
         let shard = &*self.inner;
         let mut cursor = shard.collect_from.lock();
-        let first = *cursor;
+        // A client's are counted from its first one on, as of one moment.
+        let first = RequestId { number: 0, ..*cursor };
         let mut keys = Keys::new(shard.id);
         let start = keys.kind_start(Kind::Dedup).to_vec();
         let end = keys.kind_end(Kind::Dedup).to_vec();
         let mut pairs = shard.iterate(start, end, false);
         pairs.seek(keys.dedup(first));
-        let mut expired = Vec::new();
+        let mut found = Vec::new();
         let mut wrapped = false;
+        let mut client = first.client;
+        let mut kept: VecDeque<RequestId> = VecDeque::new();
         for _ in 0..REQUESTS_VISITED_MAX {
             let Some((key, value)) = pairs.item() else {
                 shard.check(&pairs)?;
@@ -480,18 +485,27 @@ impl ShardStore {
             };
             let request = shard.request(key)?;
             *cursor = request;
-            if (wrapped && first <= request) || limit <= expired.len() {
+            if (wrapped && first <= request) || limit <= found.len() {
                 break;
+            }
+            if client != request.client {
+                client = request.client;
+                kept.clear();
             }
             let remembered = Remembered::from_bytes(Bytes::copy_from_slice(value))
                 .map_err(|error| StorageError::value(shard.id, "dedup", &error))?;
             if remembered.executed < before {
-                expired.push(request);
+                found.push(request);
+            } else {
+                kept.push_back(request);
+                if keep < kept.len() {
+                    found.extend(kept.pop_front());
+                }
             }
             pairs.next();
         }
         shard.check(&pairs)?;
-        Ok(expired)
+        Ok(found)
     }
 }
 

@@ -409,7 +409,10 @@ impl World {
                     let pull = ingest(namespace, REMOTE, changes);
                     let Ok(_) = execute(&mut self.remote, &pull);
                 }
-                let write = self.write(namespace, REMOTE, keys);
+                let mut write = self.write(namespace, REMOTE, keys);
+                // Sometimes a request that this region took, too, or another under its id.
+                let number = u8::try_from(keys.len()).unwrap_or(0);
+                write.request = pull_first.then(|| request_id(keys[0].0 % 3, number));
                 let Ok(_) = execute(&mut self.remote, &Command::Write(write));
                 return None;
             }

@@ -7,6 +7,7 @@ mod conflicts;
 mod data;
 mod link_status;
 mod members;
+mod once;
 mod regions;
 mod repair;
 mod repair_cost;

@@ -96,7 +96,9 @@ async fn ack_regions_waits_for_the_other_region_or_answers_with_the_dot() {
     let pending =
         us.put("k", "2").ack_regions(1).deadline(Duration::from_secs(2)).await.unwrap_err();
     assert_eq!(pending.reason(), Some("ACK_REGIONS_PENDING"), "{pending:?}");
-    assert!(pending.detail().unwrap().metadata.contains_key("dot"));
+    let metadata = &pending.detail().unwrap().metadata;
+    assert!(metadata.contains_key("dot"));
+    assert_eq!((metadata["missing"].as_str(), metadata["behind"].as_str()), ("eu", "eu=1"));
     assert_eq!(us.get("k").await.unwrap().value().unwrap().as_ref(), b"2");
     let too_many = us.put("k", "3").ack_regions(2).await.unwrap_err();
     assert_eq!(too_many.reason(), Some("ACK_REGIONS_TOO_MANY"));

@@ -80,13 +80,15 @@ pub enum Mutant {
     LedgerLast,
     /// A repair brings what trees do not show after what they show.
     RestLast,
+    /// A region does not remember the requests of changes that come from others.
+    ForgetHeardRequests,
     /// A repair compares before all that an earlier one proposed is merged.
     CompareAtOnce,
 }
 
 impl Mutant {
     /// Those that every test run catches.
-    pub const COMMON: [Self; 25] = [
+    pub const COMMON: [Self; 26] = [
         Self::ForgetBranch,
         Self::ForgetTombstones,
         Self::ForgetLastPage,
@@ -112,6 +114,7 @@ impl Mutant {
         Self::ForgetTrimmed,
         Self::LedgerLast,
         Self::RestLast,
+        Self::ForgetHeardRequests,
     ];
 
     /// Those that need a rare chain of events: for the long mode, or a history of their own.

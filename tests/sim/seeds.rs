@@ -31,6 +31,8 @@ fn all_hold(regions: u16) -> Counts {
         ("leaders lost", counts.crashes),
         ("restores", counts.restores),
         ("joins", counts.joins),
+        ("requests repeated where they are known", counts.repeats),
+        ("requests executed in two regions", counts.twins),
         ("words that did not count yet", counts.untold),
     ] {
         assert!(happened > 20, "only {happened} {what} in {SEEDS} histories");

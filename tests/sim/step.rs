@@ -45,6 +45,8 @@ pub enum Event {
     Write { at: Place, keys: (u8, u8), pair: bool, delete: (bool, bool), expires: bool },
     /// A client writes with the context that it read in another region.
     WriteSeen { at: Place, key: u8, delete: bool, read_at: Place },
+    /// A client repeats a request, so many writes back, perhaps in another region.
+    Repeat { at: Place, back: u8 },
     /// The region's Raft log commits so many proposals.
     Commit { at: Place, count: u8 },
     /// A region opens its stream from another.
@@ -136,8 +138,28 @@ impl History {
             let mix = Mix::new(random, regions);
             steps.extend((0..length / parts).map(|_| mix.step(random)));
         }
+        let steps = with_repeats(steps, seed, regions);
         Self { regions, rule, batch, page, gate, steps }
     }
+}
+
+/// In half of the histories clients repeat requests. Drawn apart from the rest, which is what it is
+/// without.
+fn with_repeats(steps: Vec<Step>, seed: u64, regions: u16) -> Vec<Step> {
+    let mut random = StdRng::seed_from_u64(!seed ^ (u64::from(regions) << 56));
+    if random.random_ratio(1, 2) {
+        return steps;
+    }
+    let places = Place::try_from(regions).unwrap_or(Place::MAX - 1);
+    let mut repeated = Vec::with_capacity(steps.len() * 9 / 8);
+    for step in steps {
+        repeated.push(step);
+        if random.random_ratio(1, 8) {
+            let (at, back) = (random.random_range(0..=places), random.random_range(0..4));
+            repeated.push(Step { wait_ms: 0, event: Event::Repeat { at, back } });
+        }
+    }
+    repeated
 }
 
 /// How likely each kind of step is in a history: some are calm, some are not.

@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use tombolo_core::{
-    Actor, Change, Dot, Record, Rule, VersionVector,
+    Actor, Change, Dot, HybridTime, Record, RequestId, Rule, VersionVector,
+    command::Written,
     invariant::{self, Event, Invariant},
     record::Sibling,
 };
@@ -98,6 +99,30 @@ impl Truth {
                         format!("{dot} does not replace {} that it has seen", list(&kept)),
                     ));
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether some region has executed a request.
+    pub fn was_executed(&self, request: RequestId) -> bool {
+        self.changes.iter().any(|change| change.request.is_some_and(|it| it.id == request))
+    }
+
+    /// Checks what the repeat of a request was answered: a write of that request.
+    ///
+    /// # Errors
+    /// If it was another.
+    pub fn check_answer(&self, request: RequestId, results: &[Written]) -> Result<(), Broken> {
+        for result in results {
+            let written = self.by_dot.get(&result.dot).is_some_and(|&(change, place)| {
+                let change = &self.changes[change];
+                let is_it = change.request.is_some_and(|requested| requested.id == request);
+                is_it && change.deltas[place].sibling.time == result.time
+            });
+            if !written {
+                let seen = format!("{request:?} was answered {}, which is another", result.dot);
+                return Err((Invariant::RequestOnce, seen));
             }
         }
         Ok(())
@@ -197,6 +222,7 @@ impl Truth {
         for sibling in record.into_iter().flat_map(Record::siblings) {
             self.check_content(key, sibling)?;
         }
+        self.check_shown(key, record)?;
         if expected == held {
             return Ok(());
         }
@@ -217,6 +243,25 @@ impl Truth {
         }
         if is_exact {
             return Err((Invariant::NoLostWrite, told()));
+        }
+        Ok(())
+    }
+
+    /// A request that several regions executed is shown as one version.
+    fn check_shown(&self, key: &Bytes, record: Option<&Record>) -> Result<(), Broken> {
+        let shown = record.into_iter().flat_map(|record| record.live_at(HybridTime::ZERO));
+        let mut requests = BTreeSet::new();
+        for (held, _) in shown {
+            let place = self.by_dot.get(&held.dot);
+            let request = place.and_then(|&(change, place)| {
+                let request = self.changes[change].request?;
+                Some((request.id, place))
+            });
+            if request.is_some_and(|request| !requests.insert(request)) {
+                let dot = held.dot;
+                let seen = format!("key {key:?} shows {dot} and another write of its request");
+                return Err((Invariant::RequestOnce, seen));
+            }
         }
         Ok(())
     }
@@ -269,6 +314,14 @@ impl Truth {
     pub fn check_ledger(&self, data: &Data) -> Result<(), Broken> {
         let noted: BTreeSet<Dot> =
             data.memory.ledger.values().map(|entry| entry.loser.dot).collect();
+        for entry in data.memory.ledger.values() {
+            let (dot, winner) = (entry.loser.dot, self.by_dot.get(&entry.winner));
+            let won = winner.map(|&(change, place)| &self.changes[change].deltas[place].sibling);
+            if won.is_some_and(|won| won.is_twin_of(&entry.loser)) {
+                let seen = format!("{dot} lost to {}, which is the same request", entry.winner);
+                return Err((Invariant::RequestOnce, seen));
+            }
+        }
         let frontier = data.frontier();
         for key in self.of_key.keys() {
             let sees = |dot: Dot| frontier.covers(dot);
@@ -279,10 +332,14 @@ impl Truth {
                 let sibling = &event.delta.sibling;
                 let is_value = sibling.content != tombolo_core::Content::Tombstone;
                 let dot = sibling.dot;
+                let is_accounted_for =
+                    |dot: &Dot| kept.contains(dot) || replaced.contains(dot) || noted.contains(dot);
+                // One that lost to its twin shares the fate of that.
+                let twins = self.events(key, sees).map(|event| &event.delta.sibling);
+                let mut twins = twins.filter(|other| other.is_twin_of(sibling));
                 if is_value
-                    && !kept.contains(&dot)
-                    && !replaced.contains(&dot)
-                    && !noted.contains(&dot)
+                    && !is_accounted_for(&dot)
+                    && !twins.any(|twin| is_accounted_for(&twin.dot))
                 {
                     return Err((
                         Invariant::LedgerWhole,

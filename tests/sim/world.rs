@@ -20,9 +20,9 @@ use std::{
 
 use bytes::Bytes;
 use tombolo_core::{
-    Command, Content, HybridClock, HybridTime, Member, Members, Outcome, RegionId, Rule,
+    Command, Content, HybridClock, HybridTime, Member, Members, Outcome, RegionId, RequestId, Rule,
     VersionVector,
-    command::{Operation, Stopped, Write},
+    command::{Operation, Stopped, Write, Written},
     execute,
     invariant::{self, Invariant},
 };
@@ -43,6 +43,10 @@ use members::Ended;
 pub struct Counts {
     /// Writes that were acknowledged.
     pub writes: u64,
+    /// Repeated requests that a region knew, of which it executed none.
+    pub repeats: u64,
+    /// Requests that a region executed after another had, of which it had not heard.
+    pub twins: u64,
     /// Changes applied.
     pub applied: u64,
     /// Changes that came again.
@@ -92,6 +96,8 @@ impl Counts {
     pub fn add(&mut self, other: &Self) {
         let Self {
             writes,
+            repeats,
+            twins,
             applied,
             repeated,
             repairs,
@@ -115,6 +121,8 @@ impl Counts {
             half_repaired_writes,
         } = other;
         self.writes += writes;
+        self.repeats += repeats;
+        self.twins += twins;
         self.applied += applied;
         self.repeated += repeated;
         self.repairs += repairs;
@@ -169,6 +177,8 @@ pub struct World {
     counts: Counts,
     sessions: u64,
     values: u64,
+    /// What clients asked for, in that order.
+    requests: Vec<Write>,
     trace: Option<Vec<String>>,
 }
 
@@ -208,6 +218,7 @@ impl World {
             counts: Counts::default(),
             sessions: 0,
             values: 0,
+            requests: Vec::new(),
             trace: None,
             regions,
         };
@@ -287,6 +298,7 @@ impl World {
             Event::WriteSeen { at, key, delete, read_at } => {
                 self.write(place(at), &[(key, delete)], false, Some(place(read_at)));
             }
+            Event::Repeat { at, back } => self.repeat(place(at), usize::from(back)),
             Event::Commit { at, count } => {
                 for _ in 0..count {
                     self.commit(place(at))?;
@@ -460,13 +472,52 @@ impl World {
             rule: self.rule,
             actor: region.actor(),
             time,
-            request: None,
+            request: Some(RequestId { client: 1, number: self.requests.len() as u64 + 1 }),
             checks: Vec::new(),
             operations: operations.collect(),
             mutations: Vec::new(),
         };
         self.values = values;
+        self.requests.push(write.clone());
         self.propose(at, Command::Write(write), Waiter::Client);
+    }
+
+    /// A client that may not have heard of an answer asks again.
+    fn repeat(&mut self, at: usize, back: usize) {
+        let Some(write) = self.requests.iter().rev().nth(back).cloned() else { return };
+        let now = self.now;
+        let Some(region) = self.regions.get_mut(at).filter(|region| region.exists) else { return };
+        let (actor, time) = (region.actor(), region.stamp(now));
+        self.propose(at, Command::Write(Write { actor, time, ..write }), Waiter::Client);
+    }
+
+    /// What came of a request: whether it was executed, and not answered from memory.
+    fn executed(
+        &mut self,
+        at: usize,
+        write: &Write,
+        results: &[Written],
+        before: &VersionVector,
+    ) -> Result<bool, Broken> {
+        let Some(request) = write.request else { return Ok(true) };
+        let data = &self.regions[at].data;
+        if data.frontier() == *before {
+            self.counts.repeats += 1;
+            self.truth.check_answer(request, results)?;
+            return Ok(false);
+        }
+        let is_it = |seq: u64| before.get(write.actor) < seq;
+        let has_it = data.memory.changes.values().any(|change| {
+            let is_new = change.actor == write.actor && is_it(change.first_seq);
+            !is_new && change.request.is_some_and(|requested| requested.id == request)
+        });
+        if has_it {
+            let id = self.regions[at].id;
+            let seen = format!("region {id} executed {request:?} again, whose change it has");
+            return Err((Invariant::RequestOnce, seen));
+        }
+        self.counts.twins += u64::from(self.truth.was_executed(request));
+        Ok(true)
     }
 
     fn propose(&mut self, at: usize, command: Command, waiter: Waiter) {
@@ -519,7 +570,16 @@ impl World {
             Command::Advance(_) => Some(region.data.memory.trimmed.clone()),
             _ => None,
         };
+        let remembered = match (&command, self.mutant) {
+            (Command::Ingest(_), Some(Mutant::ForgetHeardRequests)) => {
+                Some(region.data.memory.requests.clone())
+            }
+            _ => None,
+        };
         let Ok(outcome) = execute(&mut region.data, &command);
+        if let Some(remembered) = remembered {
+            region.data.memory.requests = remembered;
+        }
         if let (Some(trimmed), Some(Mutant::AdvanceKeepsLog)) = (jumped, self.mutant) {
             self.regions[at].data.memory.trimmed = trimmed;
         }
@@ -585,6 +645,10 @@ impl World {
                 for result in &results {
                     region.clock.resume_after(result.time);
                 }
+                if !self.executed(at, &write, &results, &before)? {
+                    return Ok(());
+                }
+                let region = &mut self.regions[at];
                 let Some(first) = results.first() else { return Ok(()) };
                 let log = region.data.log(first.dot.actor, first.dot.seq);
                 let Some(change) = log.front().cloned() else {

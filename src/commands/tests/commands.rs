@@ -215,10 +215,58 @@ async fn a_commit_writes_all_or_says_which_check_failed() {
         r#"{"checks":[{"key":"a","absent":true,"value":"x"}]}"#,
         r#"{"writes":[{"key":"a","delete":true,"value":"x"}]}"#,
         r#"{"writes":[{"key":"a","value":"x","ttl":1}]}"#,
+        r#"{"writes":[{"key":"a","value":"x","ttl":"soon"}]}"#,
+        r#"{"writes":[{"key":"a","delete":true,"ttl":"9s"}]}"#,
+        r#"{"checks":[{"key":"a","context":"***"}]}"#,
+        r#"{"checks":[{"key":"a","absent":true,"context":"AA=="}]}"#,
     ] {
         let bad = line("commit -").input(nonsense).at(&region).await;
         assert_eq!(bad.exit, Exit::Usage, "{nonsense}: {}", bad.err);
     }
+}
+
+#[tokio::test]
+async fn a_commit_checks_that_nothing_was_written_since_a_read() {
+    let region = Region::start(1).await;
+    let put = line("commit --check-context k= --put k=1 --ttl 1h").on_tty().at(&region).await;
+    assert_eq!(put.exit, Exit::Ok, "{}", put.err);
+    // base64 of `context-of-1`.
+    let current = line("commit --check-context k=Y29udGV4dC1vZi0x --put k=2").at(&region).await;
+    assert_eq!(current.exit, Exit::Ok, "{}", current.err);
+    let late = line("commit --check-context k=Y29udGV4dC1vZi0x --put k=3").at(&region).await;
+    assert_eq!(late.exit, Exit::CheckFailed);
+    let document = r#"{
+        "checks": [{"key": "k", "context": "Y29udGV4dC1vZi0y"}],
+        "writes": [{"key": "k", "value": "4", "ttl": "90s"}]
+    }"#;
+    assert_eq!(line("commit -").input(document).at(&region).await.exit, Exit::Ok);
+    assert_eq!(region.values("default"), [("k".into(), "4".into())]);
+}
+
+#[tokio::test]
+async fn await_replication_says_who_has_it_or_who_is_missing() {
+    let region = Region::start(1).await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("session");
+    line("put k v --session-file").word(&file).at(&region).await;
+    let has = line("await-replication --session-file").word(&file).on_tty().at(&region).await;
+    assert_snapshot!(has.text(), @"
+    REGION  EVENTS LACKING
+    eu      0
+    ap      3
+    ");
+    assert_eq!(region.calls("await_replication")[0].token, fake::token(b"k", 1));
+    let raw = line("await-replication -o raw --session-file").word(&file).at(&region).await;
+    assert_eq!(raw.text(), "eu\n");
+
+    let missing = [("missing", "ap"), ("behind", "ap=3")];
+    let status = refusal(Code::DeadlineExceeded, "REPLICATION_PENDING", &missing);
+    region.fail(None, "await_replication", Fault::Refuse(status));
+    let late = line("await-replication -o json --session-file").word(&file).at(&region).await;
+    assert_eq!(late.exit, Exit::Unavailable);
+    let error: serde_json::Value = serde_json::from_str(&late.err).expect("an object");
+    assert_eq!(error["details"]["missing"], "ap");
+    assert_eq!(line("await-replication").at(&region).await.exit, Exit::Usage, "of which session?");
 }
 
 #[tokio::test]
@@ -518,17 +566,18 @@ fn help_is_written_down() {
     Usage: tombolo <COMMAND>
 
     Commands:
-      put          Stores a value
-      get          Reads a key
-      delete       Deletes a key
-      scan         Lists keys in byte order
-      commit       Applies several writes to keys of one shard, all or none, if all checks hold
-      load         Puts the records of a file, one a line
-      dump         Writes all records, one a line, sorted by key
-      ctl          Looks after a cluster
-      completions  Prints completions for a shell, to be sourced or put where it looks for them
-      version      Prints the version
-      help         Print this message or the help of the given subcommand(s)
+      put                Stores a value
+      get                Reads a key
+      delete             Deletes a key
+      scan               Lists keys in byte order
+      commit             Applies several writes to keys of one shard, all or none, if all checks hold
+      await-replication  Waits until other regions have what a session has seen, its writes included
+      load               Puts the records of a file, one a line
+      dump               Writes all records, one a line, sorted by key
+      ctl                Looks after a cluster
+      completions        Prints completions for a shell, to be sourced or put where it looks for them
+      version            Prints the version
+      help               Print this message or the help of the given subcommand(s)
 
     Options:
       -h, --help  Print help

@@ -36,6 +36,7 @@ fn write(
         request: None,
         checks: Vec::new(),
         operations: vec![Operation { key: Bytes::from_static(KEY), content, context }],
+        mutations: Vec::new(),
     })
 }
 

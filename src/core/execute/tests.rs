@@ -13,6 +13,8 @@ use crate::{
     testing::{MemoryRepair, MemoryState},
 };
 
+mod once;
+
 const NS: NamespaceId = NamespaceId(5);
 
 fn actor(region: u16) -> Actor {
@@ -588,11 +590,13 @@ fn starting_over_drops_all_and_keeps_for_review_what_nobody_else_has() {
         first_seq: 1,
         depends_on: VersionVector::new(),
         ahead_by: VersionVector::new(),
+        request: None,
         deltas: vec![Delta {
             key: Bytes::from_static(b"theirs"),
             sibling: Sibling {
                 dot: Dot { actor: actor(1), seq: 1 },
                 time: HybridTime::ZERO,
+                request: None,
                 content: Content::value("t"),
             },
             supersedes: Vec::new(),

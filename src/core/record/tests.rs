@@ -46,9 +46,12 @@ impl Replica {
         let dot = Dot { actor: REGIONS[at], seq: self.frontier.get(REGIONS[at]) + 1 };
         let stamped = HybridTime::new(wall, 0).unwrap();
         let time = stamped.max(self.record.latest_time().next());
+        // Some came with an id, each with its own.
+        let tag = dot.seq << 2 | u64::from(dot.actor.region.0);
+        let request = (dot.seq % 2 == 0).then_some(RequestTag(tag));
         let delta = Delta {
             key: Bytes::from_static(b"k"),
-            sibling: Sibling { dot, time, content },
+            sibling: Sibling { dot, time, request, content },
             supersedes: self.record.superseded_by(context),
             pushed_out: Vec::new(),
         };

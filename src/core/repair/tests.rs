@@ -27,7 +27,7 @@ fn sibling(actor: Actor, seq: u64, wall: u64, value: &str) -> Sibling {
         "" => Content::Tombstone,
         value => Content::value(value.to_owned()),
     };
-    Sibling { dot: Dot { actor, seq }, time, content }
+    Sibling { dot: Dot { actor, seq }, time, request: None, content }
 }
 
 fn record(context: VersionVector, siblings: Vec<Sibling>) -> Record {

@@ -12,7 +12,7 @@ use crate::{
     Change,
     command::{Collect, Command, Ingest, Outcome, Write, Written},
     execute,
-    id::{Actor, NamespaceId, RegionId},
+    id::{Actor, NamespaceId, RegionId, RequestId},
     members::Members,
     testing::{MemoryRepair, MemoryState},
     vector::tests::any_vector,
@@ -65,13 +65,17 @@ impl Region {
     }
 
     fn run(&mut self, mutations: Vec<Mutation>) -> Outcome {
+        self.request(None, mutations)
+    }
+
+    fn request(&mut self, request: Option<RequestId>, mutations: Vec<Mutation>) -> Outcome {
         self.wall += 1;
         let write = Write {
             namespace: NS,
             rule: self.rule,
             actor: actor(self.number),
             time: HybridTime::new(self.wall, 0).unwrap(),
-            request: None,
+            request,
             checks: Vec::new(),
             operations: Vec::new(),
             mutations,
@@ -208,6 +212,29 @@ fn a_counter_that_is_back_at_zero_still_knows_what_a_deletion_had_seen() {
     us.mutate(on("k", &[], Action::Add(5)));
     meet(&mut us, &mut eu);
     assert_eq!(eu.read("k", &[]), [Value::Counter(4)]);
+}
+
+#[test]
+fn a_request_that_several_regions_took_counts_once() {
+    let mut regions: Vec<Region> =
+        (1..4).map(|number| Region::new(number, Rule::Counter)).collect();
+    let request = Some(RequestId { client: 7, number: 1 });
+    for region in &mut regions {
+        region.mutate(on("k", &[], Action::Add(100)));
+        region.request(request, vec![on("k", &[], Action::Add(5)), on("j", &[], Action::Add(-2))]);
+    }
+    // Twice: what a region takes back must be heard of, too.
+    for _ in 0..2 {
+        for (at, from) in [(0, 1), (1, 2), (2, 0), (0, 2), (1, 0), (2, 1)] {
+            let changes = regions[from].state.changes_above(NS, &regions[at].seen());
+            regions[at].take(changes);
+        }
+    }
+    for region in &regions {
+        assert_eq!(region.read("k", &[]), [Value::Counter(305)]);
+        assert_eq!(region.read("j", &[]), [Value::Counter(-2)]);
+        assert_eq!(region.live(), regions[0].live());
+    }
 }
 
 #[test]

@@ -261,6 +261,28 @@ fn a_repeated_request_answers_as_before_also_after_restart_and_is_applied_once()
 }
 
 #[test]
+fn a_request_of_another_region_is_answered_with_its_write_also_after_a_restart() {
+    let (dir, store, shard) = fresh();
+    let mut remote = MemoryState::default();
+    let request = Some(RequestId { client: 9, number: 5 });
+    let there = Write { request, actor: REMOTE, ..write(1, vec![put("a", "1"), put("b", "2")]) };
+    let Ok(first) = execute(&mut remote, &Command::Write(there.clone()));
+    let changes = remote.changes_above(LWW, &VersionVector::new());
+    run(&shard, &[ingest(LWW, LOCAL, changes)]);
+
+    let here = Write { actor: LOCAL, ..there };
+    let dots = |outcome: &Outcome| match outcome {
+        Outcome::Written(results) => results.iter().map(|it| (it.dot, it.time)).collect::<Vec<_>>(),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(dots(&run_write(&shard, here.clone())), dots(&first));
+    drop((store, shard));
+    let (_store, shard) = open(dir.path());
+    assert_eq!(dots(&run_write(&shard, here)), dots(&first));
+    assert_eq!(shard.frontier(LWW).get(LOCAL), 0);
+}
+
+#[test]
 fn commands_of_one_run_see_each_other() {
     let (_dir, _store, shard) = fresh();
     let request = RequestId { client: 1, number: 1 };

@@ -16,6 +16,7 @@ fn lost(key: &str, seq: u64, noted: u64, value: &'static str) -> LedgerEntry {
     LedgerEntry {
         key: Bytes::copy_from_slice(key.as_bytes()),
         loser: Sibling {
+            request: None,
             dot: Dot { actor: REMOTE, seq },
             time: time(seq),
             content: Content::value(value),
@@ -158,6 +159,7 @@ fn what_a_change_drops_is_noted_when_it_comes_not_when_it_was_written() {
     let (_dir, _store, shard) = fresh();
     run_write(&shard, write(10, vec![put("k", "mine")]));
     let sibling = Sibling {
+        request: None,
         dot: Dot { actor: REMOTE, seq: 1 },
         time: time(5),
         content: Content::value("theirs"),
@@ -169,6 +171,7 @@ fn what_a_change_drops_is_noted_when_it_comes_not_when_it_was_written() {
         pushed_out: Vec::new(),
     };
     let change = Change {
+        request: None,
         actor: REMOTE,
         first_seq: 1,
         depends_on: VersionVector::new(),

@@ -129,13 +129,37 @@ fn expired_requests_are_found_in_turns_and_fresh_ones_are_not() {
     }
     let mut found = Vec::new();
     for _ in 0..6 {
-        let some = shard.expired_requests(time(7), 2).unwrap();
+        let some = shard.requests_to_forget(time(7), 99, 2).unwrap();
         run(&shard, &[Command::ForgetRequests(some.clone())]);
         found.extend(some);
     }
     let mut numbers: Vec<u64> = found.iter().map(|request| request.number).collect();
     numbers.sort_unstable();
     assert_eq!(numbers, [1, 2, 3, 4, 5, 6]);
-    assert_eq!(shard.expired_requests(time(7), 100).unwrap(), []);
-    assert_eq!(shard.expired_requests(time(99), 100).unwrap().len(), 4);
+    assert_eq!(shard.requests_to_forget(time(7), 99, 100).unwrap(), []);
+    assert_eq!(shard.requests_to_forget(time(99), 99, 100).unwrap().len(), 4);
+}
+
+#[test]
+fn of_each_client_the_latest_requests_are_kept_and_the_others_are_found() {
+    let (_dir, _store, shard) = fresh();
+    for (client, numbers) in [(1, 1..=9), (2, 4..=5), (3, 7..=12)] {
+        for number in numbers {
+            let request = Some(RequestId { client, number });
+            run_write(&shard, Write { request, ..write(number, vec![put("a", "1")]) });
+        }
+    }
+    let mut found = Vec::new();
+    for _ in 0..9 {
+        let some = shard.requests_to_forget(time(0), 3, 4).unwrap();
+        assert!(some.len() <= 4);
+        run(&shard, &[Command::ForgetRequests(some.clone())]);
+        found.extend(some.iter().map(|request| (request.client, request.number)));
+    }
+    found.sort_unstable();
+    let expected: Vec<(u64, u64)> =
+        (1..=6).map(|number| (1, number)).chain((7..=9).map(|number| (3, number))).collect();
+    assert_eq!(found, expected);
+    let kept: Vec<u64> = dump(&shard).requests.keys().map(|request| request.number).collect();
+    assert_eq!(kept, [7, 8, 9, 4, 5, 10, 11, 12]);
 }

