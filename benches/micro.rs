@@ -158,11 +158,11 @@ fn clock(criterion: &mut Criterion) {
     group.bench_function("tick", |bencher| {
         bencher.iter(|| {
             wall += 1;
-            clock.tick(black_box(wall))
+            clock.tick(black_box(wall), 500)
         });
     });
     group.bench_function("tick/wall clock stands still", |bencher| {
-        bencher.iter(|| clock.tick(black_box(1_700_000_000_000)));
+        bencher.iter(|| clock.tick(black_box(1_700_000_000_000), 500));
     });
     group.bench_function("observe", |bencher| {
         let remote = time(1_700_000_000_400);

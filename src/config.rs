@@ -36,6 +36,15 @@ pub use load::{ConfigError, FlagValue, Loaded, Origin, process_env};
 pub struct Config {
     /// The cluster this node belongs to; nodes of different clusters refuse to talk.
     pub cluster_id: String,
+    /// Seals the tokens that clients carry; the same on every node of every region.
+    #[serde(default)]
+    pub cluster_key: Option<Secret>,
+    /// Holds that key instead in its first line, and the accepted one in its second.
+    #[serde(default)]
+    pub cluster_key_file: Option<PathBuf>,
+    /// Tokens sealed with this one are accepted too, while the key is being changed.
+    #[serde(default)]
+    pub accepted_cluster_key: Option<Secret>,
     /// The region of this node; one of [`Config::regions`].
     pub region: String,
     /// Unique in its region and never reused, not even after the node was removed.
@@ -82,6 +91,30 @@ impl Config {
     /// A commented TOML file with every key; required keys are set, the others show their default.
     pub fn example() -> String {
         keys::render_example()
+    }
+}
+
+/// A text that is not shown: not in logs, and not by `config show`.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text itself.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&str> for Secret {
+    fn from(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(hidden)")
     }
 }
 
@@ -248,7 +281,8 @@ pub enum LogFormat {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Clock {
-    /// A time further ahead of this node's clock than this is refused.
+    /// A leader whose clock is further than this from those of most nodes of its region stamps
+    /// nothing, and a time further ahead than this moves no clock.
     #[serde(with = "humantime_serde")]
     pub max_offset: Duration,
 }

@@ -11,6 +11,7 @@ use super::{Config, Kind};
 use crate::telemetry;
 use std::collections::BTreeMap;
 use std::fmt;
+use tombolo_core::token::SECRET_BYTES_MIN;
 use toml::Value;
 
 /// What a log entry holds beside the request that it carries, at most.
@@ -41,6 +42,7 @@ impl fmt::Display for Problem {
 pub(super) fn value(kind: &Kind, value: &Value) -> Result<(), (String, String)> {
     let accepted = match (kind, value) {
         (Kind::Text, Value::String(text)) => !text.is_empty(),
+        (Kind::Secret, Value::String(text)) => text.len() >= SECRET_BYTES_MIN,
         (Kind::Name { max }, Value::String(text)) => is_name(text, *max),
         (Kind::Choice(words), Value::String(text)) => words.contains(&text.as_str()),
         (Kind::Bool, Value::Boolean(_)) => true,
@@ -58,6 +60,7 @@ pub(super) fn value(kind: &Kind, value: &Value) -> Result<(), (String, String)> 
         (Kind::Tables, Value::Array(_)) => true,
         (
             Kind::Text
+            | Kind::Secret
             | Kind::Name { .. }
             | Kind::Choice(_)
             | Kind::Bool
@@ -73,6 +76,10 @@ pub(super) fn value(kind: &Kind, value: &Value) -> Result<(), (String, String)> 
     if accepted {
         return Ok(());
     }
+    if let Kind::Secret = kind {
+        let action = format!("give {}, kept secret", kind.describe());
+        return Err(("the value, which is not shown, is not accepted".to_owned(), action));
+    }
     let text = value.to_string().replace('\n', " ");
     let shown: String = text.chars().take(80).collect();
     let dots = if shown.len() < text.len() { "…" } else { "" };
@@ -82,6 +89,7 @@ pub(super) fn value(kind: &Kind, value: &Value) -> Result<(), (String, String)> 
             format!("give {}, such as \"10.0.0.5:7101\" or \"[::1]:7101\"", kind.describe())
         }
         Kind::Text
+        | Kind::Secret
         | Kind::Name { .. }
         | Kind::Choice(_)
         | Kind::Bool
@@ -121,6 +129,7 @@ pub(super) fn relations(config: &Config, origin: &dyn Fn(&str) -> Option<Origin>
     let mut report = Report { origin, problems: Vec::new() };
     members(config, &mut report);
     catalog(config, &mut report);
+    keys_of_cluster(config, &mut report);
     bounds(config, &mut report);
     if let Err(error) = telemetry::parse_filter(&config.log.filter) {
         report.add(
@@ -232,6 +241,24 @@ fn catalog(config: &Config, report: &mut Report<'_>) {
             "catalog.home",
             format!("no [[regions]] entry has name = \"{home}\""),
             "name one of the regions, the same in every node's file",
+        );
+    }
+}
+
+/// Where the cluster's key comes from.
+fn keys_of_cluster(config: &Config, report: &mut Report<'_>) {
+    if config.cluster_key_file.is_some() && config.cluster_key.is_some() {
+        report.add(
+            "cluster_key_file",
+            "cluster_key is set as well",
+            "keep one of the two, preferably the file",
+        );
+    }
+    if config.accepted_cluster_key.is_some() && config.cluster_key.is_none() {
+        report.add(
+            "accepted_cluster_key",
+            "there is no cluster_key beside it",
+            "set cluster_key, or put both into the file, one a line",
         );
     }
 }

@@ -6,6 +6,7 @@
 //! Not here: relations between keys ([`super::check`]), typed fields ([`super::Config`]).
 
 use std::time::Duration;
+use tombolo_core::token::SECRET_BYTES_MIN;
 
 /// One configuration key.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +23,8 @@ pub struct Key {
 pub enum Kind {
     /// Any string that is not empty.
     Text,
+    /// A string that is long enough not to be guessed, and never shown.
+    Secret,
     /// 1..=`max` characters of `a-z`, `0-9` and `-`.
     Name {
         max: usize,
@@ -55,6 +58,8 @@ pub enum Preset {
     Default(&'static str),
     /// Found from other keys, as this text says.
     Derived(&'static str),
+    /// May be absent, which means what the text says; the TOML value is for the example file.
+    Optional(&'static str, &'static str),
 }
 
 const KIB: i64 = 1 << 10;
@@ -95,6 +100,27 @@ pub const KEYS: &[Key] = &[
         "\"demo-7f3a\"",
         "Cluster this node belongs to; nodes of different clusters refuse to talk.",
     ),
+    Key {
+        path: "cluster_key",
+        kind: Kind::Secret,
+        preset: Preset::Optional(
+            "none: tokens can be forged",
+            "\"a long random text, kept secret\"",
+        ),
+        help: "Seals the tokens that clients carry; the same on every node of every region.",
+    },
+    Key {
+        path: "cluster_key_file",
+        kind: Kind::Text,
+        preset: Preset::Optional("none", "\"/etc/tombolo/cluster.key\""),
+        help: "File with that key in its first line, and accepted_cluster_key in the second, if any.",
+    },
+    Key {
+        path: "accepted_cluster_key",
+        kind: Kind::Secret,
+        preset: Preset::Optional("none", "\"another long random text, too\""),
+        help: "Another key whose tokens are accepted: first the next one, then the one before.",
+    },
     required("region", REGION, "\"us\"", "Region of this node; one of [[regions]]."),
     required(
         "node_id",
@@ -341,7 +367,8 @@ pub const KEYS: &[Key] = &[
         "clock.max_offset",
         millis(1, HOUR_MS),
         "\"500ms\"",
-        "A time further ahead of this node's clock than this is refused.",
+        "How far clocks may be apart: a leader further from most of its region's stamps nothing, and \
+         no time further ahead moves a clock.",
     ),
 ];
 
@@ -404,6 +431,7 @@ impl Kind {
     pub fn describe(&self) -> String {
         match self {
             Self::Text => "a string that is not empty".into(),
+            Self::Secret => format!("a string of at least {SECRET_BYTES_MIN} bytes"),
             Self::Name { max } => format!("1 to {max} characters of a-z, 0-9 and -"),
             Self::Choice(words) => format!("one of {}", words.join(", ")),
             Self::Bool => "true or false".into(),
@@ -425,7 +453,7 @@ impl Kind {
 pub(super) fn render_example() -> String {
     let mut out = String::from(
         "# Configuration of one Tombolo node: tombolo server --config FILE\n\
-         # A line that starts with \"#key =\" shows the default of a key.\n\
+         # A line that starts with \"#key =\" shows the default of a key, one with \"# key =\" an example.\n\
          # Later layers win: this file, TOMBOLO__SECTION__KEY, --set section.key=value, flags.\n",
     );
     let mut section = String::new();
@@ -445,6 +473,9 @@ pub(super) fn render_example() -> String {
             Preset::Default(default) => format!("# {}\n#{leaf} = {default}\n", key.help),
             Preset::Derived(rule) => {
                 format!("# {} Default: {rule}.\n#{leaf} = \"us\"\n", key.help)
+            }
+            Preset::Optional(rule, example) => {
+                format!("# {} Default: {rule}.\n# {leaf} = {example}\n", key.help)
             }
         };
     }
@@ -475,7 +506,7 @@ pub fn render_markdown() -> String {
         let default = match key.preset {
             Preset::Required(_) => "required".into(),
             Preset::Default(default) => format!("`{default}`"),
-            Preset::Derived(rule) => rule.into(),
+            Preset::Derived(rule) | Preset::Optional(rule, _) => rule.into(),
         };
         let (path, wants, help) = (key.path, key.kind.describe(), key.help);
         out += &format!("| `{path}` | {wants} | {default} | {help} |\n");

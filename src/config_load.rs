@@ -103,14 +103,15 @@ impl Loaded {
         self.origins.get(path)
     }
 
-    /// The whole configuration as TOML that loads again; with `with_origins`, each line names the
-    /// place its value came from in a comment.
+    /// The whole configuration as TOML that loads again, once its secrets, which are not shown, are
+    /// filled in; with `with_origins`, each line names the place its value came from in a comment.
     pub fn show(&self, with_origins: bool) -> String {
         let longest = self.values.iter().map(|(path, value)| assignment(path, value).len()).max();
         let width = longest.unwrap_or_default().min(COMMENT_COLUMN_MAX);
         let line = |name: &str, path: &str| {
             let Some(value) = self.values.get(path) else { return String::new() };
             let text = assignment(name, value);
+            let text = if is_secret(path) { format!("{name} = {HIDDEN}") } else { text };
             match self.origins.get(path).filter(|_| with_origins) {
                 Some(origin) => format!("{text:width$}  # {}\n", origin.brief()),
                 None => format!("{text}\n"),
@@ -128,6 +129,13 @@ impl Loaded {
         }
         out
     }
+}
+
+/// What is shown of a secret. Too short to be accepted as one, should somebody load it again.
+const HIDDEN: &str = "\"(hidden)\"";
+
+fn is_secret(path: &str) -> bool {
+    keys::find(path).is_some_and(|key| matches!(key.kind, Kind::Secret))
 }
 
 /// Comments of `config show --origin` line up, unless a value is longer than this.
@@ -320,7 +328,11 @@ impl Layers {
     }
 
     fn add_set(&mut self, text: &str) {
-        let origin = Origin::Set(text.to_owned());
+        let shown = match text.split_once('=') {
+            Some((path, _)) if is_secret(path.trim()) => format!("{}=(hidden)", path.trim()),
+            Some(_) | None => text.to_owned(),
+        };
+        let origin = Origin::Set(shown);
         match text.split_once('=') {
             Some((path, value)) => self.add_text(path.trim(), value.trim(), origin),
             None => self.problem(text, origin, "there is no =", "write --set section.key=value"),
@@ -355,6 +367,7 @@ impl Layers {
             (
                 Ok(_),
                 Kind::Text
+                | Kind::Secret
                 | Kind::Name { .. }
                 | Kind::Choice(_)
                 | Kind::Duration { .. }

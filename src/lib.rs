@@ -4,6 +4,8 @@
 //! knows all of them.
 
 pub mod cli;
+mod clock_offset;
+mod cluster_key;
 pub mod config;
 pub mod node;
 mod scrape;

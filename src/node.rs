@@ -5,7 +5,12 @@
 //! handed over → new requests refused → streams and links ended → ports closed → groups, store
 //! and log closed. Each step is bounded; a second signal stops at once.
 
-use std::{fs, path::Path, sync::Arc, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
 use tokio::{
@@ -20,8 +25,8 @@ use tombolo_core::{NodeId, RegionId, ShardId};
 use tombolo_raftlog::{Identity, RaftLog};
 use tombolo_replication::{LinkServer, Links, ReplicationConfig};
 use tombolo_service::{
-    Admission, AdmissionLayer, CatalogWriter, ClusterApi, ConflictApi, Gateway, KvApi, Limits,
-    NamespaceApi, NodeApi, NodeChannels, RegionApi, WatchApi, http, metrics::Metrics,
+    Admission, AdmissionLayer, CatalogWriter, ClockWatch, ClusterApi, ConflictApi, Gateway, KvApi,
+    Limits, NamespaceApi, NodeApi, NodeChannels, RegionApi, WatchApi, http, metrics::Metrics,
 };
 use tombolo_shard::{
     Clock, CollectConfig, Collector, Headroom, Scrubber, Shard, Shards, follow_regions,
@@ -29,7 +34,13 @@ use tombolo_shard::{
 use tombolo_storage::{Store, StoreConfig};
 use tonic::transport::{Server, server::TcpIncoming};
 
-use crate::{config::Config, scrape::Sources, telemetry::Telemetry};
+use crate::{
+    clock_offset::{self, OffsetFile},
+    cluster_key::token_key,
+    config::Config,
+    scrape::Sources,
+    telemetry::Telemetry,
+};
 
 /// How often readiness is looked at for the gRPC health service.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(500);
@@ -335,6 +346,7 @@ pub type SetLogFilter = Box<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
 pub struct Node {
     consensus: Consensus,
     log: RaftLog,
+    clock: Arc<Clock>,
     checks: Arc<http::Checks>,
     admission: Arc<Admission>,
     /// Ends streams, links and background tasks.
@@ -350,6 +362,9 @@ impl Node {
     /// # Errors
     /// In words for an operator: a port in use, a data directory of another node, damaged data.
     pub async fn start(config: &Config, set_log_filter: SetLogFilter) -> anyhow::Result<Self> {
+        let tokens = token_key(config)?;
+        let variable = std::env::var_os(clock_offset::VARIABLE).map(PathBuf::from);
+        let clock_offset = OffsetFile::of(config, variable)?;
         let ports = Ports::bind(config).await?;
         let Disk { log, store, identity } = Disk::open(config)?;
         let mut topology = topology(config)?;
@@ -359,12 +374,17 @@ impl Node {
             Consensus::start(consensus_config(config, &identity), log.clone(), store.clone())
                 .await
                 .context("cannot start the Raft groups")?;
-        let clock = Arc::new(Clock::new(config.clock.max_offset));
+        let (own, nodes) = (topology.node, topology.nodes.len());
+        let clock = Arc::new(Clock::new(own, nodes, config.clock.max_offset));
         let headroom = Arc::new(Headroom::new(config.storage.reserve_bytes));
         look_at_disk(&store, &headroom);
         let shards = shards_of(&consensus, &store, &clock, &headroom, &topology)?;
         let (stop_streams, stop_ports) = (CancellationToken::new(), CancellationToken::new());
         let tasks = TaskTracker::new();
+        if let Some((file, offset_ms)) = clock_offset {
+            clock.set_offset_ms(offset_ms);
+            tasks.spawn(file.follow(Arc::clone(&clock), offset_ms, stop_ports.clone()));
+        }
 
         let collector = Collector::new(shards.clone(), collect_config(config));
         let scrubber = Scrubber::new(shards.clone(), config.storage.scrub_interval);
@@ -395,6 +415,7 @@ impl Node {
             shards.clone(),
             NodeChannels::default(),
             limits,
+            tokens,
             identity.directory_id.clone(),
         );
 
@@ -407,6 +428,7 @@ impl Node {
             .add_service(consensus.raft_service())
             .add_service(NodeApi::new(Arc::clone(&gateway)).into_service());
         serve(&tasks, "raft", raft, ports.raft, &stop_ports);
+        tasks.spawn(ClockWatch::new(Arc::clone(&gateway)).run(stop_streams.clone()));
 
         let link_server = LinkServer::new(
             shards.clone(),
@@ -463,7 +485,18 @@ impl Node {
         tasks.spawn(scrubber.run(stop_streams.clone()));
         tasks.spawn(watch_disk(store, headroom, stop_streams.clone()));
         tasks.spawn(report_health(health, Arc::clone(&checks), stop_ports.clone()));
-        Ok(Self { consensus, log, checks, admission, stop_streams, stop_ports, tasks })
+        Ok(Self { consensus, log, clock, checks, admission, stop_streams, stop_ports, tasks })
+    }
+
+    /// This node's clock.
+    pub fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// Gives away the leadership of every shard that this node leads. Answers how many it still leads
+    /// when `limit` is over.
+    pub async fn hand_over(&self, limit: Duration) -> usize {
+        self.consensus.hand_over_leadership(limit).await
     }
 
     /// Whether this node can serve clients.

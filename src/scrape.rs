@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use tombolo_consensus::Consensus;
+use tombolo_core::clock_guard::Standing;
 use tombolo_raftlog::RaftLog;
 use tombolo_replication::{LinkPhase, LinkStatuses, Traffic};
 use tombolo_service::{
@@ -43,6 +44,7 @@ impl Sources {
             );
         }
         self.refresh_links(metrics);
+        self.refresh_clocks(metrics);
         metrics.set_scrubbed(self.scrubbed.records(), self.scrubbed.damaged());
         let led = self.shards.iter().filter(|shard| shard.is_leader());
         let tombstones = led.flat_map(|shard| shard.store().tombstone_counts().into_values()).sum();
@@ -92,6 +94,21 @@ impl Sources {
             }
         }
         metrics.set_ledger(&numbers);
+    }
+
+    fn refresh_clocks(&self, metrics: &Metrics) {
+        let clock = self.shards.clock();
+        metrics.set_clock_refused(clock.refused());
+        for node in clock.nodes() {
+            let is_outside = node.standing == Standing::Outside;
+            metrics.set_node_clock(node.node.0, node.offset_us as f64 / 1e6, is_outside);
+        }
+        let regions = clock.regions();
+        for peer in self.shards.topology().peers() {
+            let known = regions.get(&peer.id).copied().unwrap_or_default();
+            let ahead = Duration::from_millis(known.ahead_ms).as_secs_f64();
+            metrics.set_region_clock(&peer.name, known.rejected, ahead);
+        }
     }
 
     fn refresh_links(&self, metrics: &Metrics) {

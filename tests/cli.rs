@@ -50,3 +50,28 @@ fn nobody_there_ends_with_code_6_and_says_who_was_asked() {
     let message = error["message"].as_str().expect("a message");
     assert!(message.contains("127.0.0.1:1"), "{message}");
 }
+
+#[test]
+fn a_server_that_cannot_use_its_key_or_its_clock_offset_says_so_and_touches_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (config, data) = (dir.path().join("t.toml"), dir.path().join("data"));
+    std::fs::write(&config, tombolo("config example").stdout).expect("written");
+    let offset = dir.path().join("offset");
+    std::fs::write(&offset, "eight hours").expect("written");
+    let server = |setting: &str, offset: &std::path::Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tombolo"));
+        command.args(["server", "--config"]).arg(&config);
+        command.args(["--set", &format!("data_dir={}", data.display())]);
+        command.args(["--set", setting]).env("TOMBOLO_CLOCK_OFFSET_FILE", offset);
+        let ended = command.output().expect("the program runs");
+        assert_ne!(ended.status.code(), Some(0));
+        text(&ended.stderr)
+    };
+    let said = server("cluster_key_file=/no/such/key", &offset);
+    assert!(said.contains("cluster_key_file /no/such/key: cannot be used"), "{said}");
+    let said = server("shards=1", &offset);
+    assert!(said.contains("`eight hours` is no signed number of milliseconds"), "{said}");
+    let said = server("shards=1", std::path::Path::new("/no/such/file"));
+    assert!(said.contains("TOMBOLO_CLOCK_OFFSET_FILE: /no/such/file"), "{said}");
+    assert!(!data.exists());
+}

@@ -132,6 +132,7 @@ fn the_example_loads_and_names_every_key_with_its_default() {
             (_, Preset::Default(value)) => format!("#{name} = {value}"),
             (_, Preset::Required(value)) => format!("{name} = {value}"),
             (_, Preset::Derived(_)) => format!("#{name} = "),
+            (_, Preset::Optional(_, example)) => format!("# {name} = {example}"),
         };
         assert!(example.lines().any(|found| found.starts_with(&line)), "{line}");
     }
@@ -220,6 +221,43 @@ fn show_loads_again_and_names_origins() {
     for text in [shown, plain] {
         assert_eq!(File::new(text).load(&[], &[]).unwrap().config, loaded.config);
     }
+}
+
+#[test]
+fn secrets_are_neither_shown_nor_logged_nor_part_of_an_error() {
+    let secret = "correct horse battery staple";
+    let set = format!("cluster_key={secret}");
+    let loaded = File::new(MINIMAL).load(&[], &[&set]).unwrap();
+    assert_eq!(loaded.config.cluster_key.as_ref().unwrap().expose(), secret);
+    for shown in [loaded.show(true), loaded.show(false), format!("{:?}", loaded.config)] {
+        assert!(!shown.contains("staple"), "{shown}");
+    }
+    let again = File::new(loaded.show(false)).errors(&[], &[]);
+    let refused = "the value, which is not shown, is not accepted; give a string of at least 16 \
+                   bytes, kept secret";
+    assert_eq!(again, [format!("t.toml:2:1: cluster_key: {refused}")]);
+    assert_eq!(
+        errors_with(&["cluster_key=short"]),
+        [format!("--set cluster_key=(hidden): cluster_key: {refused}")]
+    );
+}
+
+#[test]
+fn the_cluster_key_has_one_source() {
+    let key = "cluster_key=0123456789abcdef";
+    assert_eq!(
+        errors_with(&[key, "cluster_key_file=/etc/key"]),
+        ["--set cluster_key_file=/etc/key: cluster_key_file: cluster_key is set as well; \
+         keep one of the two, preferably the file"]
+    );
+    assert_eq!(
+        errors_with(&["accepted_cluster_key=0123456789abcdef"]),
+        [
+            "--set accepted_cluster_key=(hidden): accepted_cluster_key: there is no cluster_key beside \
+         it; set cluster_key, or put both into the file, one a line"
+        ]
+    );
+    assert!(File::new(MINIMAL).load(&[], &[key, "accepted_cluster_key=fedcba9876543210"]).is_ok());
 }
 
 #[test]

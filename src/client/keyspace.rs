@@ -147,10 +147,10 @@ impl CallOptions {
         }
     }
 
-    /// Causal once a session has seen something: linearizable within this region would not cover
-    /// what the session saw in another.
+    /// What the call asks for, else the session; else causal once the session has seen something:
+    /// linearizable within this region would not cover what the session saw in another.
     pub(crate) fn consistency(&self, asked: Option<Consistency>, token: &Bytes) -> Consistency {
-        match asked {
+        match asked.or_else(|| self.session.as_ref().and_then(Session::consistency)) {
             Some(asked) => asked,
             None if token.is_empty() => Consistency::Linearizable,
             None => Consistency::Causal,
@@ -175,12 +175,13 @@ impl CallOptions {
         }
     }
 
-    fn read_plan(&self, target: Target, consistency: Consistency) -> Plan {
+    fn read_plan(&self, target: Target, consistency: Consistency, token: &Bytes) -> Plan {
         Plan {
             target,
             safety: Safety::Read,
             deadline: self.client.deadline(self.deadline),
-            waits: consistency == Consistency::Causal,
+            // The server waits until it has what the session has seen.
+            waits: !token.is_empty() && consistency != Consistency::Local,
         }
     }
 }
@@ -395,7 +396,7 @@ impl IntoFuture for Get {
             request.consistency = Some(consistency.into());
             request.session_token = token.clone();
             let key = request.key.clone();
-            let plan = call.read_plan(read_target(consistency, &key), consistency);
+            let plan = call.read_plan(read_target(consistency, &key), consistency, &token);
             let kv = call.kv();
             let reply = call
                 .client
@@ -475,7 +476,7 @@ impl IntoFuture for BatchGet {
                     }
                     _ => Target::AnyNode,
                 };
-                let plan = call.read_plan(target, consistency);
+                let plan = call.read_plan(target, consistency, &token);
                 let request = v1::BatchGetRequest {
                     keys: keys.clone(),
                     consistency: Some(consistency.into()),

@@ -4,9 +4,11 @@
 //! that run side by side in one session each return their own; the session joins them, so that
 //! nothing seen is forgotten whichever reply comes last.
 //!
-//! The token is opaque: servers write and check it, and it is only joined here.
+//! The token is opaque: servers seal and check it, and it is only joined here, for which no key is
+//! needed. A session has one token at a time, whatever the number of calls that run in it.
 
 use crate::error::{Error, Result};
+use crate::types::Consistency;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -25,6 +27,7 @@ use std::sync::Arc;
 #[derive(Clone, Debug, Default)]
 pub struct Session {
     token: Arc<Mutex<Bytes>>,
+    consistency: Option<Consistency>,
 }
 
 impl Session {
@@ -36,7 +39,21 @@ impl Session {
     /// Continues a session, for example one that arrived in a cookie. The token is checked by
     /// the first server that sees it.
     pub fn from_token(token: impl Into<Bytes>) -> Self {
-        Self { token: Arc::new(Mutex::new(token.into())) }
+        Self { token: Arc::new(Mutex::new(token.into())), consistency: None }
+    }
+
+    /// The same session, whose reads through this handle are as fresh as this unless they say otherwise.
+    /// Without it they are linearizable until the session has seen something, and causal from then on.
+    ///
+    /// [`Consistency::Local`] gives up what a session is for: it reads whatever is there.
+    #[must_use]
+    pub fn with_consistency(mut self, consistency: Consistency) -> Self {
+        self.consistency = Some(consistency);
+        self
+    }
+
+    pub(crate) fn consistency(&self) -> Option<Consistency> {
+        self.consistency
     }
 
     /// The token so far; empty if nothing was seen.

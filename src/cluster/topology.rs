@@ -8,7 +8,7 @@ use std::{
 use tokio::sync::watch;
 use tombolo_core::{
     Member, NodeId, RegionId, ShardId, namespace::NEXT_ID_KEY, placement::shard_of_key,
-    region::RegionEntry, token::ClusterTag,
+    region::RegionEntry,
 };
 
 /// A region as this node knows it.
@@ -119,11 +119,6 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// What tokens of this cluster carry.
-    pub fn cluster_tag(&self) -> ClusterTag {
-        ClusterTag::of(&self.cluster_id)
-    }
-
     /// All regions, in order of their numbers.
     pub fn regions(&self) -> Arc<[Region]> {
         self.regions.current()

@@ -230,6 +230,8 @@ pub(crate) struct RegionJson {
     shards_with_leader: u32,
     nodes_up: u32,
     nodes: u32,
+    clock_ahead_seconds: f64,
+    clock_rejected_changes: String,
 }
 
 impl From<&v1::Region> for RegionJson {
@@ -247,6 +249,8 @@ impl From<&v1::Region> for RegionJson {
             shards_with_leader: it.shards_with_leader,
             nodes_up: it.nodes_up,
             nodes: it.nodes,
+            clock_ahead_seconds: it.clock_ahead_seconds,
+            clock_rejected_changes: it.clock_rejected_changes.to_string(),
         }
     }
 }

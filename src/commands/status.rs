@@ -1,6 +1,7 @@
 //! `ctl status`: one look at nodes, shards, regions and links.
 //!
-//! Healthy means: every node up, every shard led and without a problem, every region up.
+//! Healthy means: every node up and its clock right, every shard led and without a problem, every
+//! region up and its clocks right.
 
 use crate::ctl::{LinkJson, word};
 use crate::exit::Failure;
@@ -9,6 +10,7 @@ use crate::region::{RegionJson, print_regions, show_state};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::time::Duration;
 use tombolo_client::{Client, proto as v1};
 
 pub(crate) struct Status {
@@ -45,6 +47,9 @@ struct NodeJson {
     state: &'static str,
     last_seen_seconds: f64,
     version: String,
+    clock: &'static str,
+    clock_offset_seconds: f64,
+    clock_uncertainty_seconds: f64,
 }
 
 #[derive(Serialize)]
@@ -83,6 +88,21 @@ impl Status {
             let state = word(node.state().as_str_name(), "NODE_STATE_");
             problems.push(format!("node {} is {state}", node.node_id));
         }
+        for node in &self.nodes {
+            let offset = show_offset(node.clock_offset_seconds);
+            match node.clock() {
+                v1::ClockState::Outside => problems.push(format!(
+                    "the clock of node {} is off by {offset}: it must not lead; correct its time",
+                    node.node_id
+                )),
+                v1::ClockState::Undecided => problems.push(format!(
+                    "the clock of node {} is {offset} from others, and nobody can tell whose is \
+                     wrong; correct the nodes' time",
+                    node.node_id
+                )),
+                v1::ClockState::Unspecified | v1::ClockState::Alone | v1::ClockState::Inside => {}
+            }
+        }
         for shard in &self.shards {
             if shard.leader_node_id == 0 {
                 problems.push(format!("shard {} has no leader", shard.shard));
@@ -94,6 +114,13 @@ impl Status {
         for region in self.regions.iter().filter(|it| is_noteworthy(it)) {
             let state = show_state(region);
             problems.push(format!("region {} is {state}", region.name));
+        }
+        for region in self.regions.iter().filter(|it| it.clock_ahead_seconds > 0.0) {
+            let ahead = show_offset(region.clock_ahead_seconds);
+            problems.push(format!(
+                "region {} stamps times that are off by {ahead}; correct the time of its nodes",
+                region.name
+            ));
         }
         problems
     }
@@ -138,10 +165,11 @@ impl Status {
                 word(node.state().as_str_name(), "NODE_STATE_"),
                 led.get(&node.node_id).copied().unwrap_or(0).to_string(),
                 show_seconds(node.last_seen_seconds),
+                show_clock(node),
                 node.version.clone(),
             ]
         };
-        let header = ["NODE", "ADDRESS", "STATE", "LEADS", "SEEN", "VERSION"];
+        let header = ["NODE", "ADDRESS", "STATE", "LEADS", "SEEN", "CLOCK", "VERSION"];
         table(out, header, self.nodes.iter().map(row))?;
 
         writeln!(out)?;
@@ -223,6 +251,9 @@ impl Status {
             state: it.state().as_str_name(),
             last_seen_seconds: it.last_seen_seconds,
             version: it.version.clone(),
+            clock: it.clock().as_str_name(),
+            clock_offset_seconds: it.clock_offset_seconds,
+            clock_uncertainty_seconds: it.clock_uncertainty_seconds,
         };
         let shard = |it: &v1::Shard| ShardJson {
             shard: it.shard,
@@ -249,6 +280,31 @@ impl Status {
     }
 }
 
+/// A node's clock in a few words.
+fn show_clock(node: &v1::Node) -> String {
+    let offset = show_offset(node.clock_offset_seconds);
+    match node.clock() {
+        v1::ClockState::Unspecified => "unknown".to_owned(),
+        v1::ClockState::Alone => "alone".to_owned(),
+        v1::ClockState::Inside => offset,
+        v1::ClockState::Undecided => format!("undecided, {offset}"),
+        v1::ClockState::Outside => format!("outside, {offset}"),
+    }
+}
+
+/// How far ahead a clock is, or behind.
+fn show_offset(seconds: f64) -> String {
+    let sign = if seconds < 0.0 { '-' } else { '+' };
+    let size = Duration::try_from_secs_f64(seconds.abs()).unwrap_or(Duration::MAX);
+    let size = if size < Duration::from_secs(10) {
+        format!("{:.1}ms", size.as_secs_f64() * 1000.0)
+    } else {
+        let whole = Duration::from_secs(size.as_secs());
+        humantime::format_duration(whole).to_string()
+    };
+    format!("{sign}{size}")
+}
+
 /// Whether a region is anything but up, and not gone for good.
 fn is_noteworthy(region: &v1::Region) -> bool {
     match region.membership() {
@@ -257,5 +313,25 @@ fn is_noteworthy(region: &v1::Region) -> bool {
             region.state() != v1::RegionState::Up
         }
         _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_is_shown_by_its_offset_and_whether_it_may_lead() {
+        let show = |clock: v1::ClockState, clock_offset_seconds| {
+            let clock = clock.into();
+            show_clock(&v1::Node { clock, clock_offset_seconds, ..v1::Node::default() })
+        };
+        assert_eq!(show(v1::ClockState::Inside, 0.000_42), "+0.4ms");
+        assert_eq!(show(v1::ClockState::Inside, -0.0123), "-12.3ms");
+        assert_eq!(show(v1::ClockState::Outside, 28_800.2), "outside, +8h");
+        assert_eq!(show(v1::ClockState::Outside, -28_800.2), "outside, -8h");
+        assert_eq!(show(v1::ClockState::Undecided, 2.5), "undecided, +2500.0ms");
+        assert_eq!(show(v1::ClockState::Alone, 0.0), "alone");
+        assert_eq!(show(v1::ClockState::Unspecified, 0.0), "unknown");
     }
 }

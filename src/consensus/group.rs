@@ -8,7 +8,7 @@
 //! Not here: the list of groups ([`crate::node`]), batching ([`crate::propose`]), reads
 //! ([`crate::reads`]).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -113,6 +113,8 @@ struct Inner {
     /// Index of the flushed applied position plus one; 0 when nothing is flushed.
     flushed_next: AtomicU64,
     stopping: AtomicBool,
+    /// This replica does not stand for election; see [`Group::withhold`].
+    withheld: AtomicBool,
     failure: Mutex<Option<String>>,
 }
 
@@ -172,14 +174,6 @@ impl Group {
             Arc::default()
         };
         raft.run();
-        if let Some(ends) = quarantine.ends() {
-            let raft = raft.clone();
-            tokio::spawn(async move {
-                tokio::time::sleep_until(ends).await;
-                raft.runtime_config().elect(true);
-            });
-        }
-
         let lease = config.lease_reads.then_some(config.election_timeout_max);
         let (leading, leadership) = watch::channel(Leadership::default());
         let group = Self {
@@ -197,9 +191,17 @@ impl Group {
                 quarantine,
                 flushed_next: AtomicU64::new(0),
                 stopping: AtomicBool::new(false),
+                withheld: AtomicBool::new(false),
                 failure: Mutex::new(None),
             }),
         };
+        if let Some(ends) = group.inner.quarantine.ends() {
+            let group = group.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep_until(ends).await;
+                group.decide_elections();
+            });
+        }
         tokio::spawn(group.clone().supervise(leading, failures));
         Ok(group)
     }
@@ -352,13 +354,38 @@ impl Group {
         }
     }
 
-    /// Gives leadership away, if this node has it, to the follower that is nearest to it.
+    /// Keeps this replica from standing for election, or lets it again. It goes on voting, and leading
+    /// if it leads; a leader may still hand over to it.
+    pub fn withhold(&self, withheld: bool) {
+        if self.inner.withheld.swap(withheld, Ordering::AcqRel) != withheld {
+            tracing::debug!(shard = %self.inner.shard, withheld, "standing for election was decided");
+            self.decide_elections();
+        }
+    }
+
+    /// Lets the core stand for election, unless something speaks against it.
+    fn decide_elections(&self) {
+        let may_stand = self.inner.quarantine.ends().is_none();
+        let withheld = self.inner.withheld.load(Ordering::Acquire);
+        self.inner.raft.runtime_config().elect(may_stand && !withheld);
+    }
+
+    /// Gives leadership away, if this node has it, to the one of `nodes` that is nearest to it.
     /// Answers whether this node no longer leads. Gives up after `limit`.
+    pub async fn hand_over_to(&self, nodes: &BTreeSet<NodeId>, limit: Duration) -> bool {
+        self.hand_over_if(&|node| nodes.contains(&NodeId(node)), limit).await
+    }
+
+    /// The same, to whichever follower is nearest.
     pub(crate) async fn hand_over(&self, limit: Duration) -> bool {
+        self.hand_over_if(&|_| true, limit).await
+    }
+
+    async fn hand_over_if(&self, fits: &(dyn Fn(u64) -> bool + Sync), limit: Duration) -> bool {
         let give_up = tokio::time::Instant::now() + limit;
         let mut leadership = self.leadership();
         while leadership.borrow_and_update().is_leader {
-            if let Some(target) = self.successor() {
+            if let Some(target) = self.successor(fits) {
                 tracing::info!(shard = %self.inner.shard, target, "handing leadership over");
                 if self.inner.raft.trigger().transfer_leader(target).await.is_err() {
                     return true;
@@ -377,7 +404,7 @@ impl Group {
         true
     }
 
-    fn successor(&self) -> Option<u64> {
+    fn successor(&self, fits: &(dyn Fn(u64) -> bool + Sync)) -> Option<u64> {
         let metrics = self.metrics();
         let last = metrics.last_log?;
         let voters = metrics.voters.iter().filter(|voter| **voter != self.inner.node.0);
@@ -385,7 +412,7 @@ impl Group {
             metrics.acked_millis.get(voter).copied().flatten().is_some_and(|age| age < 2000)
         };
         voters
-            .filter(|voter| fresh(voter))
+            .filter(|voter| fresh(voter) && fits(**voter))
             .filter_map(|voter| Some((metrics.matched.get(voter).copied().flatten()?, *voter)))
             .filter(|(matched, _)| last.saturating_sub(*matched) < TRANSFER_LAG_MAX)
             .max()

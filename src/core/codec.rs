@@ -22,6 +22,9 @@ pub enum DecodeError {
     /// The checksum does not match.
     #[error("{what}: checksum mismatch")]
     Checksum { what: &'static str },
+    /// A token's seal does not fit.
+    #[error("{what}: not sealed with this cluster's key for this use, or changed since")]
+    Seal { what: &'static str },
     /// More than the format allows.
     #[error("{what}: {actual} exceeds the limit of {limit}")]
     TooLarge { what: &'static str, actual: u64, limit: u64 },

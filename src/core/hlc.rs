@@ -4,9 +4,14 @@
 //! caller and passed in, so this module is pure.
 //!
 //! Invariants:
-//! * [`HybridClock::tick`] answers later than everything ticked or observed before.
-//! * A remote time further ahead than the bound never moves the clock: one bad clock can neither
-//!   win for ever nor poison the others.
+//! * [`HybridClock::tick`] answers later than everything ticked or observed before that is not beyond
+//!   the bound.
+//! * A time further ahead than the bound never moves the clock, and a clock that is itself further
+//!   ahead of the wall clock comes back to it: one bad clock can neither win for ever nor poison the
+//!   others, and correcting it heals everything that it touched but the values that it stamped.
+//!
+//! Coming back is safe because nothing relies on stamps that rise for ever: a write is stamped later
+//! than what it replaces by the transition function (`execute`), whatever the clock says.
 
 use std::fmt;
 
@@ -90,11 +95,21 @@ pub struct HybridClock {
 }
 
 impl HybridClock {
-    /// Stamps an event. `physical_ms` is the wall clock now; it may stand still or go back.
-    pub fn tick(&mut self, physical_ms: u64) -> HybridTime {
+    /// Stamps an event. `physical_ms` is the wall clock now; it may stand still or go back. Where it
+    /// went back by more than `bound_ms`, it was wrong and was corrected: the clock follows it.
+    pub fn tick(&mut self, physical_ms: u64, bound_ms: u64) -> HybridTime {
         let physical = HybridTime::new(physical_ms, 0).unwrap_or(HybridTime::MAX);
-        self.latest = physical.max(self.latest.next());
+        self.latest = match self.is_ahead(physical_ms, bound_ms) {
+            Some(_) => physical,
+            None => physical.max(self.latest.next()),
+        };
         self.latest
+    }
+
+    /// By how many milliseconds the clock is ahead of the wall clock, if that is more than `bound_ms`.
+    pub fn is_ahead(&self, physical_ms: u64, bound_ms: u64) -> Option<u64> {
+        let ahead_ms = self.latest.physical_ms().saturating_sub(physical_ms);
+        (ahead_ms > bound_ms).then_some(ahead_ms)
     }
 
     /// Learns of a remote event, so that later ticks come after it.
@@ -116,12 +131,6 @@ impl HybridClock {
         Ok(())
     }
 
-    /// Takes over a time that this region itself stamped (its log), without a bound: going back
-    /// behind it would be worse than running ahead.
-    pub fn resume_after(&mut self, own: HybridTime) {
-        self.latest = self.latest.max(own);
-    }
-
     /// The latest reading given out or believed.
     pub fn latest(&self) -> HybridTime {
         self.latest
@@ -136,14 +145,27 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ticks_always_rise_whatever_the_wall_clock_does(walls in prop::collection::vec(0u64..1 << 47, 1..64)) {
+        fn ticks_rise_while_the_wall_clock_goes_back_by_no_more_than_the_bound(steps in prop::collection::vec(-500i64..2000, 1..64)) {
             let mut clock = HybridClock::default();
-            let mut last = HybridTime::ZERO;
-            for wall in walls {
-                let now = clock.tick(wall);
+            let (mut wall, mut last) = (1u64 << 40, HybridTime::ZERO);
+            // The highest reading so far is what going back is measured from.
+            let mut highest = wall;
+            for step in steps {
+                wall = wall.saturating_add_signed(step).max(highest - 500);
+                highest = highest.max(wall);
+                let now = clock.tick(wall, 500);
                 prop_assert!(last < now);
                 prop_assert!(wall <= now.physical_ms());
                 last = now;
+            }
+        }
+
+        #[test]
+        fn a_tick_is_never_further_from_the_wall_clock_than_the_bound(walls in prop::collection::vec(0u64..1 << 47, 1..64)) {
+            let mut clock = HybridClock::default();
+            for wall in walls {
+                let now = clock.tick(wall, 500);
+                prop_assert!((wall..=wall + 501).contains(&now.physical_ms()));
             }
         }
 
@@ -152,9 +174,9 @@ mod tests {
             let mut clock = HybridClock::default();
             let remote = HybridTime::new(remote, 7).unwrap();
             if clock.observe(remote, wall, 500).is_ok() {
-                prop_assert!(remote < clock.tick(wall));
+                prop_assert!(remote < clock.tick(wall, 500));
             } else {
-                prop_assert_eq!(clock.tick(wall).physical_ms(), wall);
+                prop_assert_eq!(clock.tick(wall, 500).physical_ms(), wall);
             }
         }
     }
@@ -165,13 +187,21 @@ mod tests {
         let hours_ahead = HybridTime::new(8 * 3_600_000, 0).unwrap();
         let refused = clock.observe(hours_ahead, 1_000, 500);
         assert_eq!(refused, Err(ClockAhead { ahead_ms: 8 * 3_600_000 - 1_000, bound_ms: 500 }));
-        assert_eq!(clock.tick(1_000).physical_ms(), 1_000);
+        assert_eq!(clock.tick(1_000, 500).physical_ms(), 1_000);
     }
 
     #[test]
     fn logical_counter_carries_into_the_milliseconds() {
-        let mut clock = HybridClock::default();
-        clock.resume_after(HybridTime::new(5, u16::MAX).unwrap());
-        assert_eq!(clock.tick(5), HybridTime::new(6, 0).unwrap());
+        let mut clock = HybridClock { latest: HybridTime::new(5, u16::MAX).unwrap() };
+        assert_eq!(clock.tick(5, 500), HybridTime::new(6, 0).unwrap());
+    }
+
+    #[test]
+    fn a_clock_that_was_hours_ahead_is_right_again_once_it_is_corrected() {
+        let (hours, mut clock) = (8 * 3_600_000, HybridClock::default());
+        assert_eq!(clock.tick(hours + 1_000, 500).physical_ms(), hours + 1_000);
+        assert_eq!(clock.is_ahead(1_010, 500), Some(hours - 10));
+        assert_eq!(clock.tick(1_010, 500).physical_ms(), 1_010);
+        assert_eq!(clock.is_ahead(1_010, 500), None);
     }
 }

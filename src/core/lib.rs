@@ -7,13 +7,14 @@
 //!
 //! Reading order: [`id`], [`vector`], [`record`] (the merge), [`change`] (what travels),
 //! [`command`] and [`mod@execute`] (the state machine), [`element`] and [`typed`] (counters, sets and
-//! maps), [`token`] (what clients carry). What links do
+//! maps), [`token`] (what clients carry), [`hlc`] and [`clock_guard`] (time, and whose to believe). What links do
 //! is decided by [`outgoing`], [`pending`], [`relay`] and [`repair`]; who takes part by [`members`];
 //! what may be forgotten by [`stability`]; what must hold of all of it is in [`invariant`].
 //!
 //! Not here: storage, consensus, networks, and every decision about *when* to do something.
 
 pub mod change;
+pub mod clock_guard;
 pub mod codec;
 pub mod command;
 pub mod element;

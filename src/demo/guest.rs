@@ -42,7 +42,8 @@ impl Guest {
             base_port: last.saturating_add(1),
             ..host.shape.clone()
         };
-        let layout = Layout::plan(&host.data_dir, shape);
+        let mut layout = Layout::plan(&host.data_dir, shape);
+        layout.cluster_key_file.clone_from(&host.cluster_key_file);
         if let Some((node, port)) = layout.taken_port() {
             return Err(LayoutError::PortTaken { port, node }.into());
         }

@@ -8,12 +8,14 @@
 //! * A data directory keeps the shape it began with; asking for another one is an error.
 //! * A node takes four ports in a row: client, raft, link, http.
 //! * A node reaches its own region directly and other regions only through proxies.
+//! * All nodes seal tokens with the key in `cluster.key`, made at the first start for this user alone.
 //!
 //! Not here: starting anything (`processes`, `network`).
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -32,6 +34,7 @@ const PORTS_PER_NODE: u16 = 4;
 /// Blocks are looked for below the ports that the system gives to outgoing connections.
 const LAST_PORT: u16 = 32_000;
 const SHAPE_FILE: &str = "demo.json";
+const KEY_FILE: &str = "cluster.key";
 
 /// What the caller asks for; whatever is absent is taken from the data directory or a default.
 #[derive(Clone, Debug, Default)]
@@ -105,6 +108,8 @@ pub struct Layout {
     pub data_dir: PathBuf,
     /// Region by region, in order of numbers.
     pub nodes: Vec<NodePlan>,
+    /// Holds what tokens are sealed with; none before a data directory was decided upon.
+    pub cluster_key_file: Option<PathBuf>,
 }
 
 /// Why a layout cannot be had.
@@ -180,10 +185,14 @@ impl Layout {
             Some(kept) => again(data_dir, kept, wanted)?,
             None => first(wanted)?,
         };
-        let layout = Self::plan(data_dir, shape);
+        let mut layout = Self::plan(data_dir, shape);
         if let Some((node, port)) = layout.taken_port() {
             return Err(LayoutError::PortTaken { port, node });
         }
+        let key_file = data_dir.join(KEY_FILE);
+        keep_key(&key_file)
+            .map_err(|source| LayoutError::File { path: key_file.clone(), source })?;
+        layout.cluster_key_file = Some(key_file);
         let json = serde_json::to_vec_pretty(&layout.shape)
             .map_err(|source| LayoutError::Damaged { path: path.clone(), source })?;
         std::fs::write(&path, json).map_err(|source| LayoutError::File { path, source })?;
@@ -215,7 +224,7 @@ impl Layout {
                 });
             }
         }
-        Self { shape, data_dir: data_dir.to_owned(), nodes }
+        Self { shape, data_dir: data_dir.to_owned(), nodes, cluster_key_file: None }
     }
 
     /// The nodes of one region.
@@ -259,6 +268,7 @@ impl Layout {
     ) -> Result<String, toml::ser::Error> {
         let config = NodeConfig {
             cluster_id: &self.shape.cluster_id,
+            cluster_key_file: self.cluster_key_file.as_deref(),
             region: &node.region,
             node_id: node.node_id,
             data_dir: node.directory.join("data"),
@@ -356,6 +366,17 @@ impl Layout {
 /// Addresses of proxies by (from, to).
 pub type Proxies = BTreeMap<(String, String), Vec<SocketAddr>>;
 
+/// Makes a key that only this user may read, unless there is one.
+fn keep_key(path: &Path) -> io::Result<()> {
+    let key: String = (0..4).map(|_| format!("{:016x}", rand::random::<u64>())).collect();
+    let mut options = std::fs::OpenOptions::new();
+    match options.write(true).create_new(true).mode(0o600).open(path) {
+        Ok(mut file) => writeln!(file, "{key}"),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
 /// The shape of a directory that already has one.
 fn again(data_dir: &Path, mut kept: Shape, wanted: &Wanted) -> Result<Shape, LayoutError> {
     let differs = |what, kept: String, wanted: Option<String>| match wanted {
@@ -442,6 +463,8 @@ fn check(shape: &Shape) -> Result<(), LayoutError> {
 #[derive(Serialize)]
 struct NodeConfig<'a> {
     cluster_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster_key_file: Option<&'a Path>,
     region: &'a str,
     node_id: u64,
     data_dir: PathBuf,

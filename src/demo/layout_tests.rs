@@ -79,6 +79,25 @@ fn every_node_gets_its_config_file() {
 }
 
 #[test]
+fn a_directory_keeps_a_key_of_its_own_that_nobody_else_may_read() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let directory = tempfile::tempdir().unwrap();
+    let wanted = Wanted { nodes: Some(1), ..Wanted::default() };
+
+    let layout = Layout::decide(directory.path(), &wanted).unwrap();
+    let path = layout.cluster_key_file.clone().unwrap();
+    let key = std::fs::read_to_string(&path).unwrap();
+    Layout::decide(directory.path(), &wanted).unwrap();
+
+    assert_eq!(key.trim().len(), 64);
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), key, "made once");
+    let config: toml::Table =
+        toml::from_str(&layout.config(&layout.nodes[0], &proxies()).unwrap()).unwrap();
+    assert_eq!(config["cluster_key_file"].as_str(), path.to_str());
+}
+
+#[test]
 fn a_directory_keeps_its_shape_and_refuses_another() {
     let directory = tempfile::tempdir().unwrap();
     let wanted = Wanted { nodes: Some(1), shards: Some(2), ..Wanted::default() };

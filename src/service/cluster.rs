@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use futures::future::join_all;
+use tombolo_core::clock_guard::Standing;
 use tombolo_proto::v1::{
     self as pb,
     cluster_service_client::ClusterServiceClient,
@@ -39,6 +40,9 @@ impl ClusterApi {
     /// What is known of a node without asking it.
     fn describe(&self, node: &tombolo_cluster::Node) -> pb::Node {
         let is_self = node.id == self.gateway.topology().node;
+        let clocks = self.gateway.shards().clock().nodes();
+        let clock = clocks.into_iter().find(|clock| clock.node == node.id);
+        let seconds = |us: f64| us / 1e6;
         let state = if is_self { self.own_state() } else { pb::NodeState::Unspecified };
         pb::Node {
             node_id: node.id.0,
@@ -47,6 +51,10 @@ impl ClusterApi {
             state: state.into(),
             last_seen_seconds: 0.0,
             version: if is_self { VERSION.to_owned() } else { String::new() },
+            clock_offset_seconds: clock.map_or(0.0, |clock| seconds(clock.offset_us as f64)),
+            clock_uncertainty_seconds: clock
+                .map_or(0.0, |clock| seconds(clock.uncertainty_us as f64)),
+            clock: clock.map_or(pb::ClockState::Unspecified, |it| clock_state(it.standing)).into(),
         }
     }
 
@@ -81,6 +89,16 @@ impl ClusterApi {
             .min()
             .unwrap_or(0);
         Duration::from_millis(youngest).as_secs_f64()
+    }
+}
+
+const fn clock_state(standing: Standing) -> pb::ClockState {
+    match standing {
+        Standing::Alone => pb::ClockState::Alone,
+        Standing::Unheard => pb::ClockState::Unspecified,
+        Standing::Inside => pb::ClockState::Inside,
+        Standing::Split => pb::ClockState::Undecided,
+        Standing::Outside => pb::ClockState::Outside,
     }
 }
 

@@ -25,7 +25,7 @@ use tombolo_core::{
     ledger::{Cause, LedgerEntry, LedgerHead, LedgerId, Noted},
     namespace::Namespace,
     record::Sibling,
-    token::{SessionToken, decode_context, decode_page, encode_context, encode_page},
+    token::{SessionToken, TokenKey, decode_context, decode_page, encode_context, encode_page},
 };
 use tombolo_proto::v1::{
     self as pb,
@@ -442,15 +442,15 @@ fn encode_cause(cause: Cause) -> pb::ConflictCause {
 }
 
 /// The bytes of a page token, which is text.
-fn decode_token(hash: u32, token: &str) -> Result<Bytes, Status> {
+fn decode_token(key: &TokenKey, hash: u32, token: &str) -> Result<Bytes, Status> {
     let invalid = || Reason::PageTokenInvalid.status("the page token is not of this list", &[]);
     let sealed = hex::decode(token).map_err(|_| invalid())?;
-    decode_page(hash, &sealed.into())
+    decode_page(key, hash, &sealed.into())
         .map_err(|error| of_token_error(Reason::PageTokenInvalid, &error))
 }
 
-fn encode_token(hash: u32, place: &[u8]) -> String {
-    hex::encode(encode_page(hash, place))
+fn encode_token(key: &TokenKey, hash: u32, place: &[u8]) -> String {
+    hex::encode(encode_page(key, hash, place))
 }
 
 /// Ties a page token to what was asked for.
@@ -592,9 +592,11 @@ impl ConflictService for ConflictApi {
         ]);
         let before = match message.page_token.as_str() {
             "" => None,
-            token => Some(Noted::from_bytes(&decode_token(hash, token)?).ok_or_else(|| {
-                Reason::PageTokenInvalid.status("the page token is not of this list", &[])
-            })?),
+            token => Some(
+                Noted::from_bytes(&decode_token(self.gateway.cluster(), hash, token)?).ok_or_else(
+                    || Reason::PageTokenInvalid.status("the page token is not of this list", &[]),
+                )?,
+            ),
         };
         let namespace = self.namespace(&message.namespace, call.deadline).await?;
         let unreachable = self.refresh(namespace.id, call.deadline).await;
@@ -602,7 +604,9 @@ impl ConflictService for ConflictApi {
         let filter = Filter { rule, key_prefix: message.key_prefix, origin, since };
         let parts = self.parts(move |shard| newest(shard, id, &filter, before, limit)).await?;
         let page = Part::join(parts, limit, |(noted, _)| Reverse(*noted));
-        let next = page.stopped_at.map(|Reverse(noted)| encode_token(hash, &noted.to_bytes()));
+        let next = page
+            .stopped_at
+            .map(|Reverse(noted)| encode_token(self.gateway.cluster(), hash, &noted.to_bytes()));
         let conflict = |(noted, head)| self.conflict(&namespace, noted, head);
         Ok(Response::new(pb::ListConflictsResponse {
             conflicts: page.rows.into_iter().map(conflict).collect(),
@@ -693,9 +697,11 @@ impl ConflictService for ConflictApi {
         let hash = hash_of(&[b"open", message.namespace.as_bytes(), &message.key_prefix]);
         let after = match message.page_token.as_str() {
             "" => None,
-            token => Some(decode_open(&decode_token(hash, token)?).ok_or_else(|| {
-                Reason::PageTokenInvalid.status("the page token is not of this list", &[])
-            })?),
+            token => {
+                Some(decode_open(&decode_token(self.gateway.cluster(), hash, token)?).ok_or_else(
+                    || Reason::PageTokenInvalid.status("the page token is not of this list", &[]),
+                )?)
+            }
         };
         let namespace = self.namespace(&message.namespace, call.deadline).await?;
         let unreachable = self.refresh(namespace.id, call.deadline).await;
@@ -721,7 +727,9 @@ impl ConflictService for ConflictApi {
                 conflicts.push(pb::OpenConflict { key, versions, context, since_time });
             }
         }
-        let next = page.stopped_at.map(|place| encode_token(hash, &encode_open(&place)));
+        let next = page
+            .stopped_at
+            .map(|place| encode_token(self.gateway.cluster(), hash, &encode_open(&place)));
         Ok(Response::new(pb::ListOpenConflictsResponse {
             conflicts,
             next_page_token: next.unwrap_or_default(),
@@ -868,12 +876,13 @@ mod tests {
 
     #[test]
     fn a_page_token_reads_back_and_belongs_to_its_request() {
+        let key = TokenKey::without_secret("test");
         let hash = hash_of(&[b"a", b"bc"]);
-        let token = encode_token(hash, b"place");
-        assert_eq!(decode_token(hash, &token).unwrap(), &b"place"[..]);
+        let token = encode_token(&key, hash, b"place");
+        assert_eq!(decode_token(&key, hash, &token).unwrap(), &b"place"[..]);
         for (hash, token) in [(hash_of(&[b"ab", b"c"]), token.as_str()), (hash, "zz"), (hash, "00")]
         {
-            let status = decode_token(hash, token).unwrap_err();
+            let status = decode_token(&key, hash, token).unwrap_err();
             assert_eq!(Reason::of(&status), Some(Reason::PageTokenInvalid));
         }
         let open = (HybridTime::from_bits(7), Bytes::from_static(b"k"));

@@ -7,7 +7,7 @@ use tombolo_core::{
     Actor, Content, Dot, HybridTime, NamespaceId, Record, RegionId, RequestId, Rule, VersionVector,
     command::{Check, Condition, Operation},
     key::check_key,
-    token::{ClusterTag, decode_context, encode_context},
+    token::{TokenKey, decode_context, encode_context},
 };
 use tombolo_proto::v1 as pb;
 use tombolo_shard::Revision;
@@ -23,7 +23,7 @@ use crate::{
 #[derive(Clone, Copy)]
 pub(crate) struct Scope<'a> {
     pub(crate) topology: &'a Topology,
-    pub(crate) cluster: ClusterTag,
+    pub(crate) cluster: &'a TokenKey,
     pub(crate) namespace: NamespaceId,
     pub(crate) now: HybridTime,
     pub(crate) value_bytes_max: usize,

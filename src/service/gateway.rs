@@ -11,7 +11,7 @@ use tombolo_cluster::Topology;
 use tombolo_core::{
     NamespaceId, NodeId,
     namespace::Namespace,
-    token::{ClusterTag, SessionToken},
+    token::{SessionToken, TokenKey},
 };
 use tombolo_proto::internal::v1::{self as internal, node_service_client::NodeServiceClient};
 use tombolo_shard::{Consistency, Revision, Shard, ShardError, Shards};
@@ -38,6 +38,8 @@ pub struct Gateway {
     shards: Shards,
     channels: NodeChannels,
     limits: Limits,
+    /// Seals what clients carry.
+    tokens: TokenKey,
     /// Names this node to its peers.
     directory_id: String,
 }
@@ -62,9 +64,10 @@ impl Gateway {
         shards: Shards,
         channels: NodeChannels,
         limits: Limits,
+        tokens: TokenKey,
         directory_id: String,
     ) -> Arc<Self> {
-        Arc::new(Self { shards, channels, limits, directory_id })
+        Arc::new(Self { shards, channels, limits, tokens, directory_id })
     }
 
     pub(crate) fn shards(&self) -> &Shards {
@@ -79,8 +82,9 @@ impl Gateway {
         &self.channels
     }
 
-    pub(crate) fn cluster(&self) -> ClusterTag {
-        self.topology().cluster_tag()
+    /// What the cluster's tokens are sealed with.
+    pub(crate) fn cluster(&self) -> &TokenKey {
+        &self.tokens
     }
 
     /// The bounds that a request's metadata asks for.
@@ -176,9 +180,11 @@ impl Gateway {
                 shard.pause(deadline).await;
                 continue;
             };
+            let asked = Instant::now();
             match self.read_index_from(leader, shard, deadline).await {
                 Ok(revision) => {
                     let revision = self.wait_index(shard, revision, deadline).await?;
+                    shard.note_fresh(asked);
                     return self.whole(shard, namespace, revision);
                 }
                 // A leader that just changed, or does not answer: look again.
@@ -203,6 +209,20 @@ impl Gateway {
         Ok(revision)
     }
 
+    /// Who this node is, for a call to another one of the region.
+    pub(crate) fn identity_to(&self, node: NodeId) -> internal::Identity {
+        let topology = self.topology();
+        internal::Identity {
+            cluster_id: topology.cluster_id.clone(),
+            region: topology.local_name(),
+            from_node: topology.node.0,
+            to_node: node.0,
+            from_directory: self.directory_id.clone(),
+            to_directory: String::new(),
+            shard_count: u32::from(topology.shard_count),
+        }
+    }
+
     async fn read_index_from(
         &self,
         leader: NodeId,
@@ -214,17 +234,8 @@ impl Gateway {
             .node(leader)
             .ok_or_else(|| Reason::NodeNotFound.status(format!("node {leader} is unknown"), &[]))?;
         let mut client = NodeServiceClient::new(self.channels.get(&node.raft)?);
-        let identity = internal::Identity {
-            cluster_id: topology.cluster_id.clone(),
-            region: topology.local_name(),
-            from_node: topology.node.0,
-            to_node: leader.0,
-            from_directory: self.directory_id.clone(),
-            to_directory: String::new(),
-            shard_count: u32::from(topology.shard_count),
-        };
-        let request =
-            internal::ReadIndexRequest { identity: Some(identity), group: u64::from(shard.id().0) };
+        let identity = Some(self.identity_to(leader));
+        let request = internal::ReadIndexRequest { identity, group: u64::from(shard.id().0) };
         // One try must not use up all the time: the leader may just have died.
         let patience = deadline.min(Instant::now() + Duration::from_secs(1));
         let answer = tokio::time::timeout_at(patience, client.read_index(request)).await;

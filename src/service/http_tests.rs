@@ -151,6 +151,9 @@ async fn metrics_hold_every_documented_name_and_no_other() {
         metrics.set_disk(77, true);
         metrics.set_scrubbed(9, 1);
         metrics.set_ledger(&LedgerNumbers { entries: 4, ..Default::default() });
+        metrics.set_clock_refused(2);
+        metrics.set_node_clock(1, -0.25, true);
+        metrics.set_region_clock("eu", 3, 28_800.0);
     }));
     server.state.metrics.rpc("/tombolo.v1.KvService/Get").finish(Code::Ok, None);
 
@@ -184,6 +187,11 @@ async fn metrics_hold_every_documented_name_and_no_other() {
         "tombolo_disk_free_bytes 77",
         "tombolo_disk_short 1",
         "tombolo_scrub_damaged_total 1",
+        "tombolo_clock_offset_seconds{node=\"1\"} -0.25",
+        "tombolo_clock_outside{node=\"1\"} 1",
+        "tombolo_clock_refused_total 2",
+        "tombolo_hlc_rejected_total{peer_region=\"eu\"} 3",
+        "tombolo_hlc_ahead_seconds{peer_region=\"eu\"} 28800.0",
     ] {
         assert!(body.contains(line), "{line} is not in:\n{body}");
     }

@@ -432,7 +432,9 @@ impl KvApi {
         // Before the data, so that it covers nothing that is not shown.
         let seen = shard.frontier(namespace.id);
         let (of, from, read_key) = (Arc::clone(namespace), shard.clone(), key.clone());
-        let page = blocking(move || read(&from, &of, &read_key, &asked)).await;
+        let gateway = Arc::clone(&self.gateway);
+        let page = move || read(gateway.cluster(), &from, &of, &read_key, &asked);
+        let page = blocking(page).await;
         match page {
             Ok(page) => Ok(TypedRead { page, seen }),
             Err(ReadError::Shard(error)) => Err(self.gateway.status(error)),

@@ -10,6 +10,7 @@
 //! * No handler panics on input.
 
 mod anti_entropy;
+mod clocks;
 mod cluster;
 mod conflict;
 mod convert;
@@ -32,6 +33,7 @@ mod status;
 mod typed;
 mod unserved;
 
+pub use clocks::ClockWatch;
 pub use cluster::ClusterApi;
 pub use conflict::ConflictApi;
 pub use forward::NodeChannels;

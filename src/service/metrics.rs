@@ -154,6 +154,16 @@ descriptions! {
         "Space that the node may still use on its data directory's file system"
     DISK_SHORT Gauge "tombolo_disk_short" []
         "1 while writes are refused because the disk is nearly full"
+    CLOCK_OFFSET Gauge "tombolo_clock_offset_seconds" ["node"]
+        "How far a node's clock is ahead of those of most of the region's, as this node sees it"
+    CLOCK_OUTSIDE Gauge "tombolo_clock_outside" ["node"]
+        "1 while a node's clock is beyond clock.max_offset of most, so that it must not lead"
+    CLOCK_REFUSED Counter "tombolo_clock_refused_total" []
+        "Writes refused because this node led and its clock was not known to be right"
+    HLC_REJECTED Counter "tombolo_hlc_rejected_total" ["peer_region"]
+        "Changes of the region whose time was too far ahead to be believed"
+    HLC_AHEAD Gauge "tombolo_hlc_ahead_seconds" ["peer_region"]
+        "How far ahead the region stamps, if that is beyond clock.max_offset; else 0"
     PROCESS_CPU Counter "process_cpu_seconds_total" []
         "User and system CPU time of the process"
     PROCESS_RSS Gauge "process_resident_memory_bytes" []
@@ -250,6 +260,11 @@ struct ByShard {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByNode {
+    node: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByPeer {
     peer_region: String,
 }
@@ -312,6 +327,11 @@ pub struct Metrics {
     scrub_damaged: Counter,
     disk_free: GaugeU64,
     disk_short: GaugeU64,
+    clock_offset: Family<ByNode, GaugeF64>,
+    clock_outside: Family<ByNode, GaugeU64>,
+    clock_refused: Counter,
+    hlc_rejected: Family<ByPeer, Counter>,
+    hlc_ahead: Family<ByPeer, GaugeF64>,
     process: ProcessMetrics,
 }
 
@@ -367,6 +387,11 @@ impl Metrics {
             scrub_damaged: register(r, &SCRUB_DAMAGED),
             disk_free: register(r, &DISK_FREE),
             disk_short: register(r, &DISK_SHORT),
+            clock_offset: register(r, &CLOCK_OFFSET),
+            clock_outside: register(r, &CLOCK_OUTSIDE),
+            clock_refused: register(r, &CLOCK_REFUSED),
+            hlc_rejected: register(r, &HLC_REJECTED),
+            hlc_ahead: register(r, &HLC_AHEAD),
             process: ProcessMetrics {
                 cpu: register(r, &PROCESS_CPU),
                 resident: register(r, &PROCESS_RSS),
@@ -442,6 +467,24 @@ impl Metrics {
     pub fn set_disk(&self, free_bytes: u64, is_short: bool) {
         self.disk_free.set(free_bytes);
         self.disk_short.set(is_short.into());
+    }
+
+    /// `refused`: since the process started.
+    pub fn set_clock_refused(&self, refused: u64) {
+        raise(&self.clock_refused, refused);
+    }
+
+    pub fn set_node_clock(&self, node: u64, offset_seconds: f64, is_outside: bool) {
+        let labels = ByNode { node };
+        self.clock_offset.get_or_create(&labels).set(offset_seconds);
+        self.clock_outside.get_or_create(&labels).set(is_outside.into());
+    }
+
+    /// `rejected`: since the process started.
+    pub fn set_region_clock(&self, peer_region: &str, rejected: u64, ahead_seconds: f64) {
+        let labels = ByPeer { peer_region: peer_region.to_owned() };
+        raise(&self.hlc_rejected.get_or_create(&labels), rejected);
+        self.hlc_ahead.get_or_create(&labels).set(ahead_seconds);
     }
 
     pub fn set_scrubbed(&self, records: u64, damaged: u64) {

@@ -79,4 +79,15 @@ impl NodeService for NodeApi {
             .map_err(|error| self.gateway.status(error))?;
         Ok(Response::new(pb::ReadIndexResponse { term: revision.term, index: revision.index }))
     }
+
+    async fn read_clock(
+        &self,
+        request: Request<pb::ReadClockRequest>,
+    ) -> Result<Response<pb::ReadClockResponse>, Status> {
+        self.check_identity(request.into_inner().identity)?;
+        // Last, so that it lies as late as may be between question and answer.
+        Ok(Response::new(pb::ReadClockResponse {
+            wall_us: self.gateway.shards().clock().wall_us(),
+        }))
+    }
 }

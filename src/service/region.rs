@@ -81,9 +81,26 @@ impl RegionApi {
         }
     }
 
+    /// What this node knows of its links.
+    fn own_view(&self) -> pb::ListLinksResponse {
+        let (links, clocks) = (self.own_links(), self.own_clocks());
+        pb::ListLinksResponse { links, unreachable: Vec::new(), clocks }
+    }
+
+    /// The regions some of whose times this node did not believe.
+    fn own_clocks(&self) -> Vec<pb::RegionClock> {
+        let clocks = self.gateway.shards().clock().regions().into_iter();
+        let described = clocks.map(|(region, clock)| pb::RegionClock {
+            region: self.gateway.topology().region_name(region),
+            clock_ahead_seconds: Duration::from_millis(clock.ahead_ms).as_secs_f64(),
+            clock_rejected_changes: clock.rejected,
+        });
+        described.collect()
+    }
+
     /// The links of all nodes of the region, and the nodes that did not answer.
-    async fn all_links(&self) -> (Vec<pb::Link>, Vec<String>) {
-        let mut links = self.own_links();
+    async fn all_links(&self) -> pb::ListLinksResponse {
+        let pb::ListLinksResponse { mut links, mut clocks, .. } = self.own_view();
         let (answers, unreachable) = self
             .ask_others(
                 PEER_TIMEOUT,
@@ -91,13 +108,25 @@ impl RegionApi {
                 |mut node, request| async move { node.list_links(request).await },
             )
             .await;
-        links.extend(answers.into_iter().flat_map(|answer| answer.links));
+        for answer in answers {
+            links.extend(answer.links);
+            for other in answer.clocks {
+                let Some(known) = clocks.iter_mut().find(|known| known.region == other.region)
+                else {
+                    clocks.push(other);
+                    continue;
+                };
+                known.clock_ahead_seconds =
+                    known.clock_ahead_seconds.max(other.clock_ahead_seconds);
+                known.clock_rejected_changes += other.clock_rejected_changes;
+            }
+        }
         links.sort_by(|left, right| {
             let key =
                 |link: &pb::Link| (link.peer_region.clone(), link.namespace.clone(), link.shard);
             key(left).cmp(&key(right))
         });
-        (links, unreachable)
+        pb::ListLinksResponse { links, unreachable, clocks }
     }
 
     pub(crate) fn namespace_name(&self, id: NamespaceId) -> String {
@@ -168,7 +197,7 @@ impl RegionApi {
         let decision = &decision;
         let local = |call| async move {
             let region = self.decide(name, decision, call).await?;
-            Ok(Some(self.region(&region, &self.own_links(), 0)))
+            Ok(Some(self.region(&region, &self.own_view())))
         };
         self.on_catalog_leader(request, local, remote).await
     }
@@ -229,16 +258,13 @@ impl RegionApi {
         (answers, unreachable)
     }
 
-    fn region(
-        &self,
-        region: &tombolo_cluster::Region,
-        links: &[pb::Link],
-        unreachable: usize,
-    ) -> pb::Region {
+    fn region(&self, region: &tombolo_cluster::Region, seen: &pb::ListLinksResponse) -> pb::Region {
+        let unreachable = seen.unreachable.len();
         let topology = self.gateway.topology();
         let local = region.id == topology.region;
         let mine: Vec<&pb::Link> =
-            links.iter().filter(|link| link.peer_region == region.name).collect();
+            seen.links.iter().filter(|link| link.peer_region == region.name).collect();
+        let clock = seen.clocks.iter().find(|clock| clock.region == region.name);
         let streaming = mine.iter().filter(|link| link.phase() == pb::LinkPhase::Streaming).count();
         let reached = |link: &&&pb::Link| {
             let phases =
@@ -282,6 +308,8 @@ impl RegionApi {
             shards_with_leader: if local { count(shards_with_leader) } else { 0 },
             nodes_up: if local { count(nodes.saturating_sub(unreachable)) } else { 0 },
             nodes: if local { count(nodes) } else { 0 },
+            clock_ahead_seconds: clock.map_or(0.0, |clock| clock.clock_ahead_seconds),
+            clock_rejected_changes: clock.map_or(0, |clock| clock.clock_rejected_changes),
         }
     }
 }
@@ -325,11 +353,10 @@ impl RegionService for RegionApi {
         &self,
         _: Request<pb::ListRegionsRequest>,
     ) -> Result<Response<pb::ListRegionsResponse>, Status> {
-        let (links, unreachable) = self.all_links().await;
+        let seen = self.all_links().await;
         let regions = self.gateway.topology().regions();
-        let regions =
-            regions.iter().map(|region| self.region(region, &links, unreachable.len())).collect();
-        Ok(Response::new(pb::ListRegionsResponse { regions, unreachable }))
+        let regions = regions.iter().map(|region| self.region(region, &seen)).collect();
+        Ok(Response::new(pb::ListRegionsResponse { regions, unreachable: seen.unreachable }))
     }
 
     async fn get_region(
@@ -341,8 +368,7 @@ impl RegionService for RegionApi {
             Reason::RegionNotFound
                 .status(format!("there is no region `{name}`"), &[("region", name.clone())])
         })?;
-        let (links, unreachable) = self.all_links().await;
-        let region = Some(self.region(&region, &links, unreachable.len()));
+        let region = Some(self.region(&region, &self.all_links().await));
         Ok(Response::new(pb::GetRegionResponse { region }))
     }
 
@@ -356,10 +382,10 @@ impl RegionService for RegionApi {
             return Err(Reason::RegionNotFound
                 .status(format!("there is no region `{peer}`"), &[("region", peer)]));
         }
-        let (mut links, unreachable) =
-            if this_node_only { (self.own_links(), Vec::new()) } else { self.all_links().await };
-        links.retain(|link| peer.is_empty() || link.peer_region == peer);
-        Ok(Response::new(pb::ListLinksResponse { links, unreachable }))
+        let mut seen = if this_node_only { self.own_view() } else { self.all_links().await };
+        seen.links.retain(|link| peer.is_empty() || link.peer_region == peer);
+        seen.clocks.retain(|clock| peer.is_empty() || clock.region == peer);
+        Ok(Response::new(seen))
     }
 
     async fn list_tombstones(

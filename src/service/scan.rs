@@ -17,7 +17,7 @@ use tombolo_core::{
     element::{self, Element},
     key::KEY_BYTES_MAX,
     namespace::Namespace,
-    token::{SessionToken, decode_page, encode_context, encode_page},
+    token::{SessionToken, TokenKey, decode_page, encode_context, encode_page},
     typed::Assembly,
 };
 use tombolo_proto::v1 as pb;
@@ -110,7 +110,7 @@ impl ScanStream {
             }
         }
         let request_hash = hash_of(&message);
-        let range = range_of(&message, request_hash)?;
+        let range = range_of(gateway.cluster(), &message, request_hash)?;
         let range = match range {
             Some(range) if namespace.rule.is_typed() => Some(of_elements(&range)),
             other => other,
@@ -194,7 +194,8 @@ impl ScanStream {
         }
         let page_token = match results.last() {
             Some(last) if !self.is_exhausted() => {
-                encode_page(self.request_hash, &continuation(&last.key, self.reverse))
+                let next = continuation(&last.key, self.reverse);
+                encode_page(self.gateway.cluster(), self.request_hash, &next)
             }
             Some(_) | None => Bytes::new(),
         };
@@ -380,14 +381,18 @@ fn continuation(key: &Bytes, reverse: bool) -> Bytes {
 }
 
 /// The range that a request asks for; `None` if it is empty.
-fn range_of(message: &pb::ScanRequest, request_hash: u32) -> Result<Option<ScanRange>, Status> {
+fn range_of(
+    key: &TokenKey,
+    message: &pb::ScanRequest,
+    request_hash: u32,
+) -> Result<Option<ScanRange>, Status> {
     let mut start = message.start_key.clone().max(message.prefix.clone());
     let mut end = (!message.end_key.is_empty()).then(|| message.end_key.clone());
     if let Some(prefix_end) = end_of_prefix(&message.prefix) {
         end = Some(end.map_or(prefix_end.clone(), |end| end.min(prefix_end)));
     }
     if !message.page_token.is_empty() {
-        let next = decode_page(request_hash, &message.page_token)
+        let next = decode_page(key, request_hash, &message.page_token)
             .map_err(|error| of_token_error(Reason::PageTokenInvalid, &error))?;
         if message.reverse {
             end = Some(end.map_or(next.clone(), |end| end.min(next)));
@@ -416,8 +421,13 @@ fn hash_of(message: &pb::ScanRequest) -> u32 {
 mod tests {
     use super::*;
 
+    fn key() -> TokenKey {
+        TokenKey::without_secret("test")
+    }
+
     fn range(message: &pb::ScanRequest) -> Option<(Bytes, Option<Bytes>)> {
-        range_of(message, hash_of(message)).unwrap().map(|range| (range.start, range.end))
+        let range = range_of(&key(), message, hash_of(message)).unwrap();
+        range.map(|range| (range.start, range.end))
     }
 
     #[test]
@@ -440,7 +450,8 @@ mod tests {
         let key = Bytes::from_static(b"k");
         for reverse in [false, true] {
             let mut message = pb::ScanRequest { reverse, ..Default::default() };
-            message.page_token = encode_page(hash_of(&message), &continuation(&key, reverse));
+            message.page_token =
+                encode_page(&self::key(), hash_of(&message), &continuation(&key, reverse));
             let expected = if reverse {
                 (Bytes::new(), Some(key.clone()))
             } else {
@@ -453,9 +464,9 @@ mod tests {
     #[test]
     fn a_page_token_of_another_request_is_refused() {
         let message = pb::ScanRequest { prefix: "a".into(), ..Default::default() };
-        let page_token = encode_page(hash_of(&message), b"ab");
+        let page_token = encode_page(&key(), hash_of(&message), b"ab");
         let other = pb::ScanRequest { prefix: "b".into(), page_token, ..Default::default() };
-        let status = range_of(&other, hash_of(&other)).unwrap_err();
+        let status = range_of(&key(), &other, hash_of(&other)).unwrap_err();
         assert_eq!(Reason::of(&status), Some(Reason::PageTokenInvalid));
     }
 }

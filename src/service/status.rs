@@ -37,6 +37,12 @@ pub(crate) fn of_shard_error(topology: &Topology, error: ShardError) -> Status {
             Reason::RequestInvalid.status(text, &of_shard(shard))
         }
         ShardError::DiskFull { shard, .. } => Reason::DiskFull.status(text, &of_shard(shard)),
+        ShardError::ClockOutOfBounds { shard, refused } => {
+            let offset = ("offset_ms", refused.offset_ms.to_string());
+            let node = ("node_id", topology.node.to_string());
+            let metadata = [("shard", shard.to_string()), node, offset];
+            Reason::ClockOutOfBounds.status(text, &metadata)
+        }
         ShardError::NotCaughtUp { shard, needed, frontier } => {
             let behind = needed.events_beyond(&frontier);
             Reason::SessionNotCaughtUp.status(

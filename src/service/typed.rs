@@ -11,7 +11,7 @@ use tombolo_core::{
     command::Written,
     element::{self, Element, Kind, Part},
     namespace::Namespace,
-    token::{decode_page, encode_context, encode_page},
+    token::{TokenKey, decode_page, encode_context, encode_page},
     typed::{Action, Assembly, Mutation, Refusal, Refused, Value, permits},
 };
 use tombolo_proto::v1 as pb;
@@ -233,6 +233,7 @@ pub(crate) struct Page {
 /// # Errors
 /// If the token is of another request, or the data cannot be read.
 pub(crate) fn read(
+    seal: &TokenKey,
     shard: &Shard,
     namespace: &Namespace,
     key: &Bytes,
@@ -259,7 +260,7 @@ pub(crate) fn read(
     let start = if asked.token.is_empty() {
         Bytes::copy_from_slice(&under)
     } else {
-        let next = decode_page(asked.request, &asked.token)
+        let next = decode_page(seal, asked.request, &asked.token)
             .map_err(|error| of_token_error(Reason::PageTokenInvalid, &error))?;
         next.max(Bytes::copy_from_slice(&under))
     };
@@ -279,7 +280,7 @@ pub(crate) fn read(
                     && last.path == element.path
             });
             if is_full && !goes_on {
-                let next = encode_page(asked.request, record_key);
+                let next = encode_page(seal, asked.request, record_key);
                 return Ok(Page { assembly, next });
             }
             assembly.add(&element, record);

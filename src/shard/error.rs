@@ -1,8 +1,11 @@
 //! Why a shard did not do what was asked. Each variant asks the caller for one action.
 
 use tombolo_consensus::{ProposeError, ReadError};
+use tombolo_core::clock_guard::Standing;
 use tombolo_core::{DecodeError, Member, MemberState, NodeId, ShardId, VersionVector};
 use tombolo_storage::StorageError;
+
+use crate::clock::ClockRefused;
 
 /// Why a shard did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +50,15 @@ pub enum ShardError {
         free_bytes: u64,
         /// What must stay free.
         reserve_bytes: u64,
+    },
+    /// The leader's clock differs too much from most of its region's, or was not compared yet. Nothing
+    /// was done; another node will lead in a moment.
+    #[error("the clock of the node that leads shard {shard} {}", describe_clock(refused))]
+    ClockOutOfBounds {
+        /// The shard.
+        shard: ShardId,
+        /// How the clock stands.
+        refused: ClockRefused,
     },
     /// This region has not applied what the caller has seen elsewhere.
     #[error("shard {shard} has applied {frontier} and the caller has seen {needed}")]
@@ -115,6 +127,17 @@ pub enum ShardError {
     /// The replica's data cannot be read.
     #[error("the replica's data cannot be read")]
     Storage(#[from] StorageError),
+}
+
+/// Why a clock stamps nothing, as part of a sentence.
+fn describe_clock(refused: &ClockRefused) -> String {
+    match (refused.standing, refused.offset_ms) {
+        (Standing::Unheard, _) => {
+            "was not compared with those of a majority of the region's nodes yet".to_owned()
+        }
+        (_, ..0) => format!("is {} ms behind those of most of its region", -refused.offset_ms),
+        (_, ahead_ms) => format!("is {ahead_ms} ms ahead of those of most of its region"),
+    }
 }
 
 /// A region's state, as part of a sentence.

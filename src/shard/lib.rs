@@ -7,7 +7,7 @@
 //! Invariants:
 //! * Nothing here decides what a write does: that is `tombolo_core::execute`, on every replica.
 //! * Dropping a caller's future never cancels a write that was proposed.
-//! * Only a leader stamps time, and never behind what it has applied.
+//! * Only a leader stamps time, and only with a clock that most of its region's agree with.
 //!
 //! Not here: gRPC (`tombolo-service`), links (`tombolo-replication`), Raft (`tombolo-consensus`).
 
@@ -25,7 +25,7 @@ mod shard;
 mod shards;
 mod write;
 
-pub use clock::Clock;
+pub use clock::{Clock, ClockRefused, NodeClock, RegionClock, RegionNews};
 pub use collect::{CollectConfig, CollectCounts, Collector, blocking};
 pub use error::ShardError;
 pub use headroom::Headroom;

@@ -2,6 +2,12 @@
 //!
 //! First [`Shard::prepare_read`] makes sure that this replica may answer, then the data is read
 //! from it. What is read may be newer than what was asked for, never older.
+//!
+//! A replica knows how old its state may be: every read index that it has applied, whether it leads or
+//! asked the leader, says that the state holds all that was acknowledged before the question. The last
+//! such moment is kept ([`Shard::note_fresh`]), so that reads which may be somewhat stale cost a
+//! question now and then and not one each. Ages are taken from the steady clock: a wrong wall clock
+//! makes nothing fresh.
 
 use std::time::Duration;
 
@@ -22,7 +28,7 @@ pub enum Consistency {
     Linearizable,
     /// Sees what this vector covers. Any replica.
     Causal(VersionVector),
-    /// At most this old. Only the leader confirms its age.
+    /// At most this old. Any replica that knows that it is; else only the leader.
     MaxStaleness(Duration),
     /// Whatever is here.
     Local,
@@ -45,8 +51,7 @@ impl Shard {
         match consistency {
             Consistency::Linearizable => self.barrier(deadline).await,
             Consistency::MaxStaleness(age) => {
-                let fresh = self.inner.last_barrier.lock().is_some_and(|at| at.elapsed() <= *age);
-                if fresh && self.is_leader() {
+                if self.inner.fresh_as_of.lock().is_some_and(|at| at.elapsed() <= *age) {
                     Ok(self.applied_revision())
                 } else {
                     self.barrier(deadline).await
@@ -58,6 +63,12 @@ impl Shard {
             }
             Consistency::Local => Ok(self.applied_revision()),
         }
+    }
+
+    /// This replica has applied all that was acknowledged in this region before `asked`.
+    pub fn note_fresh(&self, asked: Instant) {
+        let mut fresh = self.inner.fresh_as_of.lock();
+        *fresh = Some(fresh.map_or(asked, |known| known.max(asked)));
     }
 
     /// The record of a key on this replica.
@@ -99,7 +110,7 @@ impl Shard {
         let shard = self.inner.id;
         match tokio::time::timeout_at(deadline, self.inner.group.read_barrier()).await {
             Ok(Ok(barrier)) => {
-                *self.inner.last_barrier.lock() = Some(asked);
+                self.note_fresh(asked);
                 Ok(Revision { shard, term: barrier.term, index: barrier.index })
             }
             Ok(Err(error)) => Err(ShardError::from_read(shard, error)),

@@ -49,8 +49,8 @@ pub(crate) struct Inner {
     /// Regions that said since this process began what they have of this region's writes.
     heard: watch::Sender<BTreeSet<RegionId>>,
     began: Instant,
-    /// When the last confirmed read barrier was asked for.
-    pub(crate) last_barrier: Mutex<Option<Instant>>,
+    /// This replica has applied all that was acknowledged before; see [`Shard::note_fresh`].
+    pub(crate) fresh_as_of: Mutex<Option<Instant>>,
     /// When a client last wrote here, in milliseconds since `began`, plus one; 0 if none did.
     last_write_ms: AtomicU64,
 }
@@ -66,7 +66,7 @@ impl Shard {
         topology: Arc<Topology>,
     ) -> Self {
         let peers = PeerFrontiers::default();
-        let last_barrier = Mutex::new(None);
+        let fresh_as_of = Mutex::new(None);
         let (heard, began) = (watch::Sender::default(), Instant::now());
         let last_write_ms = AtomicU64::new(0);
         let inner = Inner {
@@ -79,7 +79,7 @@ impl Shard {
             peers,
             heard,
             began,
-            last_barrier,
+            fresh_as_of,
             last_write_ms,
         };
         Self { inner: Arc::new(inner) }

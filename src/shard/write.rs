@@ -1,25 +1,32 @@
 //! Writing: stamp, propose, wait.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::Instant;
 use tombolo_core::{
-    Actor, Change, Command, Dot, Member, MemberState, Members, NamespaceId, Outcome, RegionId,
-    RequestId, VersionVector,
+    Actor, Change, Command, Dot, HybridTime, Member, MemberState, Members, NamespaceId, Outcome,
+    RegionId, RequestId, VersionVector,
+    clock_guard::Standing,
     command::{
         Advance, Check, Collect, Expire, FailedCheck, ForgetConflicts, ForgetReviewed, Ingest,
         Ingested, LinkSetting, Merge, Merged, Operation, StartOver, Trim, Write, Written,
     },
+    hlc::ClockAhead,
     ledger::Noted,
     namespace::Namespace,
+    repair::Offered,
     typed::{Mutation, Refused},
 };
 
 use crate::{
+    clock::RegionNews,
     error::ShardError,
     shard::{RETRY_PAUSE, Revision, Shard},
 };
+
+/// How long a write waits for the first comparison of its leader's clock.
+const COMPARE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A client's write.
 #[derive(Clone, Debug)]
@@ -88,7 +95,7 @@ impl Shard {
             namespace: request.namespace.id,
             rule: request.namespace.rule,
             actor: self.actor(),
-            time: self.inner.clock.stamp(),
+            time: self.stamp(deadline).await?,
             request: request.request,
             checks: request.checks,
             operations: request.operations,
@@ -100,7 +107,7 @@ impl Shard {
             let outcome = match outcome {
                 Outcome::Written(results) => {
                     for result in &results {
-                        self.inner.clock.resume_after(result.time);
+                        self.inner.clock.follow(result.time);
                     }
                     WriteOutcome::Written(results)
                 }
@@ -111,7 +118,7 @@ impl Shard {
                 }
                 Outcome::ContextAhead { needed, .. } => {
                     self.wait_applied(write.namespace, &needed, deadline).await?;
-                    write.time = self.inner.clock.stamp();
+                    write.time = self.stamp(deadline).await?;
                     continue;
                 }
                 Outcome::NotActive(member) => {
@@ -149,17 +156,8 @@ impl Shard {
         deadline: Instant,
     ) -> Result<Ingested, ShardError> {
         self.inner.headroom.check(self.inner.id)?;
-        for change in &changes {
-            // A time beyond the bound is applied but never moves the clock.
-            if let Err(error) = self.inner.clock.observe(change.time()) {
-                tracing::warn!(
-                    shard = %self.inner.id,
-                    region = %self.inner.topology.region_name(change.actor.region),
-                    %error,
-                    "a region's clock is too far ahead; check its nodes' time"
-                );
-            }
-        }
+        // A time beyond the bound is applied but never moves the clock.
+        self.learn_times(changes.iter().map(|change| (change.actor.region, change.time())));
         let ingest = Ingest {
             namespace: namespace.id,
             rule: namespace.rule,
@@ -195,6 +193,11 @@ impl Shard {
         deadline: Instant,
     ) -> Result<Option<Merged>, ShardError> {
         self.inner.headroom.check(self.inner.id)?;
+        let offered = merge.offers.iter().flat_map(|offer| &offer.siblings);
+        self.learn_times(offered.filter_map(|offered| match offered {
+            Offered::Whole(sibling) => Some((sibling.dot.actor.region, sibling.time)),
+            Offered::Known(_) => None,
+        }));
         match self.propose(&Command::Merge(merge), deadline).await? {
             (Outcome::Merged(merged), _) => Ok(Some(merged)),
             (Outcome::Moved, _) => Ok(None),
@@ -264,7 +267,7 @@ impl Shard {
             namespace: namespace.id,
             rule: namespace.rule,
             actor: self.actor(),
-            time: self.inner.clock.stamp(),
+            time: self.stamp(deadline).await?,
             values,
         };
         self.propose(&Command::Expire(expire), deadline).await.map(|_| ())
@@ -364,6 +367,52 @@ impl Shard {
         deadline: Instant,
     ) -> Result<(), ShardError> {
         self.propose(&Command::ForgetRequests(requests), deadline).await.map(|_| ())
+    }
+
+    /// A time for a write, from a clock that most of the region's agree with. Waits a moment for a clock
+    /// that was not compared yet, as right after a start.
+    ///
+    /// Cancellation safe: it proposes nothing.
+    async fn stamp(&self, deadline: Instant) -> Result<HybridTime, ShardError> {
+        let (shard, clock) = (self.inner.id, &self.inner.clock);
+        let until = deadline.min(Instant::now() + COMPARE_TIMEOUT);
+        let mut standing = clock.standing();
+        loop {
+            standing.borrow_and_update();
+            let refused = match clock.stamp() {
+                Ok(time) => return Ok(time),
+                Err(refused) => refused,
+            };
+            // Whoever leads has a clock of its own.
+            if !self.is_leader() {
+                return Err(ShardError::NotLeader { shard, leader: self.leader() });
+            }
+            let waited = refused.standing == Standing::Unheard
+                && tokio::time::timeout_at(until, standing.changed()).await.is_ok();
+            if !waited {
+                clock.count_refused();
+                return Err(ShardError::ClockOutOfBounds { shard, refused });
+            }
+        }
+    }
+
+    /// Learns what times of other regions say of their clocks, and tells it once.
+    fn learn_times(&self, times: impl Iterator<Item = (RegionId, HybridTime)>) {
+        for (region, news) in self.inner.clock.observe(times) {
+            let region = self.inner.topology.region_name(region);
+            match news {
+                RegionNews::Ahead(ClockAhead { ahead_ms, bound_ms }) => tracing::error!(
+                    %region,
+                    ahead_ms,
+                    bound_ms,
+                    "a region's clock is too far ahead: correct the time of its nodes. Its changes are \
+                     applied and move no clock here; concurrent writes lose to them"
+                ),
+                RegionNews::Believed => {
+                    tracing::info!(%region, "a region's times are believed again");
+                }
+            }
+        }
     }
 
     fn check_active(&self, member: Member) -> Result<(), ShardError> {

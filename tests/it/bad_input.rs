@@ -4,7 +4,7 @@ use bytes::Bytes;
 use tombolo::node::Node;
 use tombolo_core::{
     Actor, NamespaceId, RegionId, ShardId, VersionVector,
-    token::{ClusterTag, SessionToken, encode_context},
+    token::{SessionToken, TokenKey, encode_context},
 };
 use tombolo_proto::{
     internal::v1::{
@@ -45,11 +45,11 @@ async fn each_bad_request_has_its_own_reason_and_changes_nothing() {
     let mut kv = stub(&cluster).await;
     let vector: VersionVector =
         [(Actor { region: RegionId(1), incarnation: 1 }, 3)].into_iter().collect();
-    let cluster_tag = ClusterTag::of("test");
-    let other_key = encode_context(cluster_tag, NamespaceId::DEFAULT, b"other", &vector);
+    let key = TokenKey::without_secret("test");
+    let other_key = encode_context(&key, NamespaceId::DEFAULT, b"other", &vector);
     let mut foreign = SessionToken::default();
     foreign.observe(NamespaceId::DEFAULT, ShardId(0), &vector);
-    let foreign = foreign.encode(ClusterTag::of("another cluster"));
+    let foreign = foreign.encode(&TokenKey::without_secret("another cluster"));
     let ttl = prost_types::Duration { seconds: -1, nanos: 0 };
     let cases: Vec<(pb::PutRequest, Reason)> = vec![
         (put("", "v"), Reason::KeyEmpty),

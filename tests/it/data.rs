@@ -3,9 +3,12 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use futures::TryStreamExt;
-use tombolo_client::{Client, ClientConfig, Consistency, Error};
+use tombolo_client::{
+    Client, ClientConfig, Consistency, Error,
+    proto::{self, kv_service_client::KvServiceClient},
+};
 
-use crate::support::{Cluster, PATIENCE, wait_until};
+use crate::support::{Cluster, PATIENCE, channel, wait_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn any_node_reads_what_any_other_has_acknowledged() {
@@ -129,6 +132,40 @@ async fn a_stopped_leader_hands_over_and_everything_is_there_after_a_restart() {
     }
     let all = keys.scan().collect().await.unwrap();
     assert_eq!(all.len(), 53);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_answers_bounded_reads_while_it_knows_that_it_is_fresh_enough() {
+    let mut cluster = Cluster::start(&[("us", 3)], 1).await;
+    let client = cluster.client("us").await;
+    client.namespace("default").put("k", "1").await.unwrap();
+    let leader = client.cluster().await.unwrap().leaders[0].leader_node_id;
+    let follower = cluster.members.iter().position(|it| it.config.node_id != leader).unwrap();
+    let kv = KvServiceClient::new(channel(&cluster.members[follower]).await);
+    let read = async |consistency: Consistency| {
+        let mut request = tonic::Request::new(proto::GetRequest {
+            namespace: "default".to_owned(),
+            key: "k".into(),
+            consistency: Some(consistency.into()),
+            ..Default::default()
+        });
+        request.set_timeout(Duration::from_secs(2));
+        let got = kv.clone().get(request).await?.into_inner();
+        Ok::<_, tonic::Status>(got.versions.len())
+    };
+    let minutes = Consistency::MaxStaleness(Duration::from_secs(600));
+    assert_eq!(read(minutes).await.unwrap(), 1, "it asked the leader");
+
+    for (place, member) in cluster.members.iter_mut().enumerate() {
+        if place != follower {
+            member.stop().await;
+        }
+    }
+    assert!(read(Consistency::Linearizable).await.is_err(), "there is nobody to ask");
+    assert_eq!(read(minutes).await.unwrap(), 1, "what it knew a moment ago is enough");
+    let moment = Consistency::MaxStaleness(Duration::from_millis(1));
+    assert!(read(moment).await.is_err(), "it cannot know that it is that fresh");
     cluster.stop().await;
 }
 

@@ -3,6 +3,7 @@
 //! What needs whole processes (kill -9, partitions, the tour) is in `tests/tour.rs`.
 
 mod bad_input;
+mod clocks;
 mod conflicts;
 mod data;
 mod link_status;
@@ -11,5 +12,6 @@ mod once;
 mod regions;
 mod repair;
 mod repair_cost;
+mod sessions;
 mod support;
 mod typed;

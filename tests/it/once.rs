@@ -6,6 +6,7 @@ use tombolo_client::{
     Code, Committed, Consistency, Dot, Error, Got, Keyspace,
     proto::{self, kv_service_client::KvServiceClient},
 };
+use tombolo_service::reason::Reason;
 
 use crate::support::{Cluster, PATIENCE, wait_until};
 
@@ -295,5 +296,51 @@ async fn whoever_waits_for_regions_goes_on_waiting_at_the_next_leader() {
     });
     assert_eq!(waited.unwrap().regions, ["eu"]);
     written.unwrap();
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waits_and_commits_that_make_no_sense_are_refused_by_name() {
+    let cluster = Cluster::start(&[("us", 1), ("eu", 1)], 1).await;
+    let mut kv =
+        KvServiceClient::connect(format!("http://{}", cluster.addresses("us")[0])).await.unwrap();
+    let wait = proto::AwaitReplicationRequest {
+        namespace: "default".into(),
+        session_token: "".into(),
+        regions: 1,
+    };
+    let waits = [
+        (proto::AwaitReplicationRequest { regions: 2, ..wait.clone() }, Reason::AckRegionsTooMany),
+        (
+            proto::AwaitReplicationRequest { session_token: "noise".into(), ..wait.clone() },
+            Reason::SessionTokenInvalid,
+        ),
+        (
+            proto::AwaitReplicationRequest { namespace: "nowhere".into(), ..wait },
+            Reason::NamespaceNotFound,
+        ),
+    ];
+    for (request, expected) in waits {
+        let refused = kv.await_replication(request).await.unwrap_err();
+        assert_eq!(Reason::of(&refused), Some(expected), "{refused:?}");
+    }
+    let ttl = proto::write::Expiration::Ttl(prost_types::Duration { seconds: -1, nanos: 0 });
+    let write = |action, expiration| proto::Write {
+        key: "k".into(),
+        action: Some(action),
+        expiration: Some(expiration),
+        ..Default::default()
+    };
+    let value = proto::Value { kind: Some(proto::value::Kind::Data("v".into())) };
+    let long = proto::write::Expiration::Ttl(prost_types::Duration { seconds: 9, nanos: 0 });
+    for write in [
+        write(proto::write::Action::Put(value), ttl),
+        write(proto::write::Action::Delete(proto::Remove {}), long),
+    ] {
+        let namespace = "default".to_owned();
+        let commit = proto::CommitRequest { namespace, writes: vec![write], ..Default::default() };
+        let refused = kv.commit(commit).await.unwrap_err();
+        assert_eq!(Reason::of(&refused), Some(Reason::TtlInvalid), "{refused:?}");
+    }
     cluster.stop().await;
 }

@@ -200,6 +200,13 @@ fn config_text(
     text
 }
 
+/// A connection to this very node; a `Client` would find the others.
+pub(crate) async fn channel(member: &Member) -> tonic::transport::Channel {
+    let endpoint = format!("http://{}", member.config.listen.client);
+    let endpoint = tonic::transport::Endpoint::from_shared(endpoint).expect("an address");
+    endpoint.connect().await.expect("the node listens")
+}
+
 /// The answer of a node's HTTP port, headers included.
 pub(crate) async fn http_get(address: &str, path: &str) -> String {
     let mut stream = TcpStream::connect(address).await.expect("the port answers");

@@ -26,6 +26,8 @@ use crate::{
 
 /// The only namespace.
 pub const NAMESPACE: NamespaceId = NamespaceId(1);
+/// How far ahead of its wall clock a region believes a time.
+pub const CLOCK_OFFSET_MAX_MS: u64 = 500;
 /// Time without a path after which another region relays.
 pub const RELAY_AFTER: Duration = Duration::from_secs(3);
 
@@ -357,6 +359,6 @@ impl Region {
     /// A time for a new event.
     pub fn stamp(&mut self, now: Duration) -> HybridTime {
         let wall_ms = self.wall_ms(now);
-        self.clock.tick(wall_ms)
+        self.clock.tick(wall_ms, CLOCK_OFFSET_MAX_MS)
     }
 }

@@ -31,7 +31,7 @@ use crate::{
     Violation,
     link::{Due, Link, Request},
     mutant::Mutant,
-    region::{Data, Leader, NAMESPACE, Proposal, Region, Waiter},
+    region::{CLOCK_OFFSET_MAX_MS, Data, Leader, NAMESPACE, Proposal, Region, Waiter},
     step::{Event, History, Place, Step, keys},
     truth::{Broken, Truth},
 };
@@ -642,8 +642,9 @@ impl World {
         match (command, outcome) {
             (Command::Write(write), Outcome::Written(results)) => {
                 let region = &mut self.regions[at];
+                let wall_ms = region.wall_ms(self.now);
                 for result in &results {
-                    region.clock.resume_after(result.time);
+                    let _ = region.clock.observe(result.time, wall_ms, CLOCK_OFFSET_MAX_MS);
                 }
                 if !self.executed(at, &write, &results, &before)? {
                     return Ok(());

@@ -259,6 +259,27 @@ async fn a_session_sends_what_it_has_seen_and_then_reads_causally() {
 }
 
 #[tokio::test]
+async fn a_session_may_say_how_fresh_its_reads_are_and_a_call_may_differ() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    let age = Duration::from_millis(1500);
+    let session = client.session().with_consistency(Consistency::MaxStaleness(age));
+    let keys = client.namespace("default").with_session(&session);
+    keys.put("k", "v").await.expect("written");
+    keys.get("k").await.expect("got");
+    keys.batch_get(["k"]).await.expect("got");
+    keys.get("k").consistency(Consistency::Causal).await.expect("got");
+
+    use proto::read_consistency::Level;
+    let level = |call: &fake::Call| call.consistency.and_then(|it| it.level).expect("a level");
+    let bounded = Level::MaxStaleness(prost_types::Duration { seconds: 1, nanos: 500_000_000 });
+    let gets = region.calls("get");
+    assert_eq!((level(&gets[0]), &gets[0].token), (bounded, &session.token()));
+    assert_eq!(level(&gets[1]), Level::Causal(proto::Causal {}));
+    assert_eq!(level(&region.calls("batch_get")[0]), bounded);
+}
+
+#[tokio::test]
 async fn concurrent_calls_of_one_session_lose_nothing_seen() {
     let region = Region::start(1).await;
     let client = connect(&region).await;

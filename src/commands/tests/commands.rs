@@ -35,7 +35,7 @@ async fn json_has_the_shape_of_the_protocol() {
     assert_snapshot!(line("put greeting hello -o json").at(&region).await.text(), @r#"
     {
       "context": "Y29udGV4dC1vZi0x",
-      "sessionToken": "IW/xzc0BAQABAQEBzLaB1g==",
+      "sessionToken": "Im/xzc0BAQABAQEBTr6aPod28iw=",
       "conflict": false,
       "dot": {
         "region": 1,
@@ -70,7 +70,7 @@ async fn json_has_the_shape_of_the_protocol() {
         }
       ],
       "context": "Y29udGV4dC1vZi0x",
-      "sessionToken": "IW/xzc0BAQABAQEBzLaB1g==",
+      "sessionToken": "Im/xzc0BAQABAQEBTr6aPod28iw=",
       "revision": {
         "shard": 0,
         "term": "1",
@@ -434,9 +434,9 @@ async fn status_shows_what_is_wrong_at_a_glance() {
     assert_snapshot!(line("ctl status").on_tty().at(&region).await.text(), @"
     cluster fake, region us, 4 shards, version 0.1.0: 1 problem
 
-    NODE  ADDRESS          STATE  LEADS  SEEN  VERSION
-    1     127.0.0.1:NODE1  up     4      0s    0.1.0
-    2     127.0.0.1:NODE2  up     0      0s    0.1.0
+    NODE  ADDRESS          STATE  LEADS  SEEN  CLOCK   VERSION
+    1     127.0.0.1:NODE1  up     4      0s    +0.0ms  0.1.0
+    2     127.0.0.1:NODE2  up     0      0s    +0.0ms  0.1.0
 
     REGION  NUMBER        STATE     LAG    LINK ADDRESSES
     us      1       here  up               127.0.0.1:7103
@@ -467,8 +467,8 @@ async fn control_lists_are_tables_and_json() {
     eu      2             degraded  12.5s  127.0.0.1:7203
     ");
     assert_snapshot!(line("ctl region list").at(&region).await.text(), @r#"
-    {"name":"us","number":1,"local":true,"linkAddresses":["127.0.0.1:7103"],"membership":"MEMBERSHIP_ACTIVE","incarnation":1,"state":"REGION_STATE_UP","lagSeconds":0.0,"shardsActive":4,"shardsWithLeader":4,"nodesUp":1,"nodes":1}
-    {"name":"eu","number":2,"local":false,"linkAddresses":["127.0.0.1:7203"],"membership":"MEMBERSHIP_ACTIVE","incarnation":1,"state":"REGION_STATE_DEGRADED","lagSeconds":12.5,"shardsActive":0,"shardsWithLeader":0,"nodesUp":0,"nodes":0}
+    {"name":"us","number":1,"local":true,"linkAddresses":["127.0.0.1:7103"],"membership":"MEMBERSHIP_ACTIVE","incarnation":1,"state":"REGION_STATE_UP","lagSeconds":0.0,"shardsActive":4,"shardsWithLeader":4,"nodesUp":1,"nodes":1,"clockAheadSeconds":0.0,"clockRejectedChanges":"0"}
+    {"name":"eu","number":2,"local":false,"linkAddresses":["127.0.0.1:7203"],"membership":"MEMBERSHIP_ACTIVE","incarnation":1,"state":"REGION_STATE_DEGRADED","lagSeconds":12.5,"shardsActive":0,"shardsWithLeader":0,"nodesUp":0,"nodes":0,"clockAheadSeconds":0.0,"clockRejectedChanges":"0"}
     "#);
     assert_snapshot!(line("ctl region add ap --number 3 --link a:1,b:2").on_tty().at(&region).await.text(), @"
     REGION  NUMBER     STATE    LAG  LINK ADDRESSES

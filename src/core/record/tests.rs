@@ -48,7 +48,7 @@ impl Replica {
         let time = stamped.max(self.record.latest_time().next());
         // Some came with an id, each with its own.
         let tag = dot.seq << 2 | u64::from(dot.actor.region.0);
-        let request = (dot.seq % 2 == 0).then_some(RequestTag(tag));
+        let request = dot.seq.is_multiple_of(2).then_some(RequestTag(tag));
         let delta = Delta {
             key: Bytes::from_static(b"k"),
             sibling: Sibling { dot, time, request, content },

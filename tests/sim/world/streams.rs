@@ -9,7 +9,7 @@ use tombolo_core::{
 use crate::{
     link::{Due, Feed, Reply, Request, Stream},
     mutant::Mutant,
-    region::{NAMESPACE, Region, Waiter},
+    region::{CLOCK_OFFSET_MAX_MS, NAMESPACE, Region, Waiter},
 };
 
 use super::World;
@@ -17,7 +17,6 @@ use super::World;
 const WATCHDOG: Duration = Duration::from_secs(30);
 const HEARTBEAT: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_millis(500);
-const CLOCK_OFFSET_MAX_MS: u64 = 500;
 
 impl World {
     pub(super) fn stream(&mut self, puller: usize, source: usize) -> Option<&mut Stream> {

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use tokio_stream::Stream;
 use tombolo_core::id::{Actor, NamespaceId, RegionId};
 use tombolo_core::placement::shard_of_key;
-use tombolo_core::token::{ClusterTag, SessionToken};
+use tombolo_core::token::{SessionToken, TokenKey};
 use tombolo_core::vector::VersionVector;
 use tombolo_proto::v1;
 use tombolo_proto::v1::cluster_service_server::{ClusterService, ClusterServiceServer};
@@ -175,7 +175,7 @@ pub(crate) fn token(key: &[u8], seq: u64) -> Bytes {
     seen.advance(Actor { region: RegionId(1), incarnation: 1 }, seq);
     let mut token = SessionToken::default();
     token.observe(NamespaceId(1), shard_of_key(key, SHARDS), &seen);
-    token.encode(ClusterTag::of(CLUSTER))
+    token.encode(&TokenKey::without_secret(CLUSTER))
 }
 
 pub(crate) fn joined(tokens: &[&[u8]]) -> Bytes {
@@ -288,6 +288,8 @@ impl State {
             state: v1::NodeState::Up.into(),
             last_seen_seconds: 0.0,
             version: "0.1.0".into(),
+            clock: v1::ClockState::Inside.into(),
+            ..v1::Node::default()
         };
         self.addresses.iter().enumerate().map(node).collect()
     }
@@ -374,7 +376,10 @@ impl KvService for Node {
         request: Request<v1::BatchGetRequest>,
     ) -> Result<Response<v1::BatchGetResponse>, Status> {
         let body = request.get_ref().clone();
-        let seen = call("batch_get", &body.keys[0], &body.session_token);
+        let seen = Call {
+            consistency: body.consistency,
+            ..call("batch_get", &body.keys[0], &body.session_token)
+        };
         let fault = self.enter(&request, seen)?;
         assert!(body.keys.len() <= 128, "at most 128 keys a batch");
         let results = {
@@ -783,6 +788,7 @@ impl RegionService for Node {
             membership: v1::Membership::Active.into(),
             incarnation: 1,
             shards_active: u32::from(SHARDS),
+            ..Default::default()
         };
         let eu = v1::Region {
             name: "eu".into(),
@@ -810,7 +816,7 @@ impl RegionService for Node {
         _: Request<v1::ListLinksRequest>,
     ) -> Result<Response<v1::ListLinksResponse>, Status> {
         let links = self.state.lock().links.clone();
-        Ok(Response::new(v1::ListLinksResponse { links, unreachable: vec![] }))
+        Ok(Response::new(v1::ListLinksResponse { links, ..Default::default() }))
     }
 
     async fn summarize_namespace(
