@@ -67,6 +67,7 @@ pub struct Config {
     pub storage: Storage,
     pub replication: Replication,
     pub ledger: Ledger,
+    pub watch: Watch,
     pub limits: Limits,
     pub drain: Drain,
     pub log: Log,
@@ -235,6 +236,19 @@ pub struct Ledger {
     pub retention: Duration,
     /// Conflicts kept, per namespace and shard; above, the oldest go early.
     pub bytes: u64,
+}
+
+/// Followers of changes.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Watch {
+    /// Changes kept for watchers when every region has them, per namespace and shard.
+    pub history_bytes: u64,
+    /// How long a watcher may take nothing.
+    #[serde(with = "humantime_serde")]
+    pub stall_timeout: Duration,
+    /// Watchers of one node; more are refused with `OVERLOADED`.
+    pub max_watchers: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

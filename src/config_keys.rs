@@ -325,6 +325,24 @@ pub const KEYS: &[Key] = &[
         "67108864",
         "Conflicts kept, per namespace and shard; above, the oldest go early.",
     ),
+    key(
+        "watch.history_bytes",
+        bytes(0, 1024 * TIB),
+        "8388608",
+        "Changes kept for watchers when every region has them, per namespace and shard; no more than replication.change_log_bytes.",
+    ),
+    key(
+        "watch.stall_timeout",
+        millis(100, HOUR_MS),
+        "\"30s\"",
+        "A watcher that takes nothing for this long is cut, with the token to go on from.",
+    ),
+    key(
+        "watch.max_watchers",
+        Kind::Integer { min: 1, max: 1 << 20 },
+        "20000",
+        "Watchers of one node; more are refused with OVERLOADED.",
+    ),
     key("limits.max_value_bytes", bytes(1, 64 * MIB), "1048576", "Largest value of a key."),
     key(
         "limits.max_message_bytes",

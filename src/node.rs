@@ -26,10 +26,11 @@ use tombolo_raftlog::{Identity, RaftLog};
 use tombolo_replication::{LinkServer, Links, ReplicationConfig};
 use tombolo_service::{
     Admission, AdmissionLayer, CatalogWriter, ClockWatch, ClusterApi, ConflictApi, Gateway, KvApi,
-    Limits, NamespaceApi, NodeApi, NodeChannels, RegionApi, WatchApi, http, metrics::Metrics,
+    Limits, NamespaceApi, NodeApi, NodeChannels, RegionApi, WatchApi, WatchConfig, http,
+    metrics::Metrics,
 };
 use tombolo_shard::{
-    Clock, CollectConfig, Collector, Headroom, Scrubber, Shard, Shards, follow_regions,
+    Clock, CollectConfig, Collector, Headroom, Scrubber, Shard, Shards, WatchHub, follow_regions,
 };
 use tombolo_storage::{Store, StoreConfig};
 use tonic::transport::{Server, server::TcpIncoming};
@@ -50,6 +51,9 @@ const DISK_INTERVAL: Duration = Duration::from_secs(2);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 const STREAM_WINDOW_BYTES: u32 = 2 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+/// Calls of one client connection at a time. A watch is one for as long as it lasts, and the usual 200
+/// would let a few hundred of them hold up all other calls of their connection.
+const CLIENT_STREAMS_MAX: u32 = 1 << 16;
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -335,7 +339,16 @@ fn collect_config(config: &Config) -> CollectConfig {
         change_log_bytes: config.replication.change_log_bytes,
         ledger_retention: config.ledger.retention,
         ledger_bytes: config.ledger.bytes,
+        history_bytes: config.watch.history_bytes,
         ..CollectConfig::default()
+    }
+}
+
+fn watch_config(config: &Config) -> WatchConfig {
+    WatchConfig {
+        stall_timeout: config.watch.stall_timeout,
+        watchers_max: config.watch.max_watchers,
+        message_bytes_max: config.limits.max_message_bytes,
     }
 }
 
@@ -446,16 +459,26 @@ impl Node {
             .add_service(link_server.into_service());
         serve(&tasks, "link", link, ports.link, &stop_ports);
 
+        let hub = WatchHub::new();
+        let watch = WatchApi::new(
+            Arc::clone(&gateway),
+            Arc::clone(&hub),
+            watch_config(config),
+            Arc::clone(&metrics),
+            stop_streams.clone(),
+            tasks.clone(),
+        );
         let (health, health_service) = tonic_health::server::health_reporter();
         let message_bytes_max = config.limits.max_message_bytes;
         let client = Server::builder()
             .layer(AdmissionLayer(Arc::clone(&admission)))
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_concurrent_streams(Some(CLIENT_STREAMS_MAX))
             .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
             .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
             .add_service(KvApi::new(Arc::clone(&gateway)).into_service(message_bytes_max))
-            .add_service(WatchApi.into_service())
+            .add_service(watch.into_service())
             .add_service(ConflictApi::new(Arc::clone(&gateway)).into_service(message_bytes_max))
             .add_service(ClusterApi::new(Arc::clone(&gateway), Arc::clone(&checks)).into_service())
             .add_service(RegionApi::new(Arc::clone(&gateway), statuses, comparer).into_service())
@@ -480,6 +503,7 @@ impl Node {
         tasks.spawn(links.run(stop_streams.clone()));
         tasks.spawn(collector.run(stop_streams.clone()));
         tasks.spawn(follow_regions(shards.clone(), stop_streams.clone()));
+        tasks.spawn(hub.run(shards.clone(), stop_streams.clone()));
         let stop = stop_streams.clone();
         tasks.spawn(async move { shards.follow_catalog(stop).await });
         tasks.spawn(scrubber.run(stop_streams.clone()));

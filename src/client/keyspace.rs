@@ -10,6 +10,7 @@ use crate::router::Target;
 use crate::scan::Scan;
 use crate::session::Session;
 use crate::types::{Consistency, Got, IntoBytes, Revision, Written, proto_duration, versions};
+use crate::watch::Watch;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use std::collections::BTreeMap;
@@ -106,6 +107,11 @@ impl Keyspace {
     /// Adds to a counter; the answer has the sum.
     pub fn add(&self, key: impl IntoBytes, by: i64) -> Mutate {
         self.mutate(key, Operations::new().add(by))
+    }
+
+    /// Follows changes, from now on unless the builder says otherwise.
+    pub fn watch(&self) -> Watch {
+        Watch::new(self.start(), self.name.to_string())
     }
 
     /// Several writes to keys of one shard, all or none, if all checks hold.

@@ -23,8 +23,8 @@
 //! * Nothing a server answers makes the client panic.
 //!
 //! Map: `client` the loop of a call, `router` where it goes, `retry` what is tried again,
-//! `keyspace` `mutate` `commit` `scan` `await_replication` `conflicts` `admin` the calls, `session`
-//! tokens, `types` and `error` the answers.
+//! `keyspace` `mutate` `commit` `scan` `watch` `await_replication` `conflicts` `admin` the calls,
+//! `session` tokens, `types` and `error` the answers.
 
 mod admin;
 mod await_replication;
@@ -40,6 +40,7 @@ mod router;
 mod scan;
 mod session;
 mod types;
+mod watch;
 
 pub use admin::Admin;
 pub use await_replication::{AwaitReplication, Lacking, Replicated};
@@ -58,4 +59,8 @@ pub use tonic::Code;
 pub use types::{
     Consistency, Dot, DotError, Entry, Got, HybridTime, IntoBytes, Revision, Value, Version,
     Written,
+};
+pub use watch::{
+    Change, ChangeGroup, Concurrent, Deletion, Previous, ResetReason, Watch, WatchEvent,
+    WatchStream, Watched,
 };

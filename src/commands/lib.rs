@@ -30,6 +30,7 @@ mod repair;
 mod session_file;
 mod status;
 mod verify;
+mod watch;
 
 pub use await_replication::AwaitReplication;
 pub use commit::Commit;
@@ -47,6 +48,7 @@ pub use mutate::Mutate;
 pub use output::{Format, KeyEncoding};
 pub use region::RegionCommand;
 pub use session_file::SessionOptions;
+pub use watch::Watch;
 
 use std::io::Write;
 
@@ -58,6 +60,7 @@ pub enum DataCommand {
     Delete(Delete),
     Scan(Scan),
     Mutate(Mutate),
+    Watch(Watch),
     Commit(Commit),
     AwaitReplication(AwaitReplication),
     Load(Load),
@@ -72,8 +75,9 @@ pub enum DataCommand {
 /// `root` is the program's whole command line, from which completions are made.
 pub async fn run(command: DataCommand, root: clap::Command, mut io: Io) -> Exit {
     let format = command.error_format();
-    // A load ends by itself when interrupted: it has to say how to continue.
-    let interrupt = if matches!(command, DataCommand::Load(_)) {
+    // These end by themselves when interrupted: they have to say how to continue.
+    let ends_itself = matches!(command, DataCommand::Load(_) | DataCommand::Watch(_));
+    let interrupt = if ends_itself {
         Box::pin(std::future::pending())
     } else {
         std::mem::replace(&mut io.interrupt, Box::pin(std::future::pending()))
@@ -108,6 +112,7 @@ async fn dispatch(
         DataCommand::Delete(args) => data::delete(args, io).await,
         DataCommand::Scan(args) => data::scan(args, io).await,
         DataCommand::Mutate(args) => mutate::mutate(args, io).await,
+        DataCommand::Watch(args) => watch::watch(args, io).await,
         DataCommand::Commit(args) => commit::commit(args, io).await,
         DataCommand::AwaitReplication(args) => await_replication::await_replication(args, io).await,
         DataCommand::Load(args) => load::load(args, io).await,
@@ -127,6 +132,7 @@ impl DataCommand {
             Self::Delete(args) => args.connection.output,
             Self::Scan(args) => args.connection.output,
             Self::Mutate(args) => args.connection.output,
+            Self::Watch(args) => args.connection.output,
             Self::Commit(args) => args.connection.output,
             Self::AwaitReplication(args) => args.connection.output,
             Self::Load(args) => args.connection.output,

@@ -7,9 +7,10 @@
 //!
 //! Reading order: [`id`], [`vector`], [`record`] (the merge), [`change`] (what travels),
 //! [`command`] and [`mod@execute`] (the state machine), [`element`] and [`typed`] (counters, sets and
-//! maps), [`token`] (what clients carry), [`hlc`] and [`clock_guard`] (time, and whose to believe). What links do
-//! is decided by [`outgoing`], [`pending`], [`relay`] and [`repair`]; who takes part by [`members`];
-//! what may be forgotten by [`stability`]; what must hold of all of it is in [`invariant`].
+//! maps), [`token`] (what clients carry), [`hlc`] and [`clock_guard`] (time, and whose to believe). What
+//! links do is decided by [`outgoing`], [`pending`], [`relay`] and [`repair`], what watchers get by
+//! [`feed`]; who takes part by [`members`]; what may be forgotten by [`stability`]; what must hold of all
+//! of it is in [`invariant`].
 //!
 //! Not here: storage, consensus, networks, and every decision about *when* to do something.
 
@@ -19,6 +20,7 @@ pub mod codec;
 pub mod command;
 pub mod element;
 pub mod execute;
+pub mod feed;
 pub mod hlc;
 pub mod id;
 pub mod invariant;

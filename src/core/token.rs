@@ -1,4 +1,4 @@
-//! The opaque bytes that clients carry: key contexts, session tokens and page tokens.
+//! The opaque bytes that clients carry: key contexts, session tokens, page tokens and resume tokens.
 //!
 //! Each begins with a format byte and ends with a seal: a keyed MAC (BLAKE3, cut to eight bytes) over
 //! the rest and over what the token belongs to. So a damaged, foreign, misplaced or made-up token is
@@ -17,6 +17,8 @@
 //!
 //! A seal keeps others from making tokens up, not from reading them: there is nothing secret inside.
 
+mod resume;
+
 use std::{collections::BTreeMap, fmt};
 
 use bytes::Bytes;
@@ -26,6 +28,8 @@ use crate::{
     id::{NamespaceId, ShardId},
     vector::VersionVector,
 };
+
+pub use resume::{RESUME_TOKEN_BYTES_MAX, ResumeToken, encode_resume};
 
 /// Longest session token, in bytes; also of a bag of them.
 pub const SESSION_TOKEN_BYTES_MAX: usize = 1 << 20;

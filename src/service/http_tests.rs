@@ -155,6 +155,8 @@ async fn metrics_hold_every_documented_name_and_no_other() {
         metrics.set_node_clock(1, -0.25, true);
         metrics.set_region_clock("eu", 3, 28_800.0);
     }));
+    server.state.metrics.watch_began();
+    server.state.metrics.watch_ended(None);
     server.state.metrics.rpc("/tombolo.v1.KvService/Get").finish(Code::Ok, None);
 
     let (status, head, body) = server.ask("GET", "/metrics", "", "").await;

@@ -31,7 +31,7 @@ mod replicated;
 mod scan;
 mod status;
 mod typed;
-mod unserved;
+mod watch;
 
 pub use clocks::ClockWatch;
 pub use cluster::ClusterApi;
@@ -44,4 +44,4 @@ pub use layer::{Admission, AdmissionLayer};
 pub use namespace::{CatalogWriter, NamespaceApi};
 pub use node::NodeApi;
 pub use region::RegionApi;
-pub use unserved::WatchApi;
+pub use watch::{WatchApi, WatchConfig};

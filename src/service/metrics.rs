@@ -150,6 +150,14 @@ descriptions! {
         "Records read by scrubbing"
     SCRUB_DAMAGED Counter "tombolo_scrub_damaged_total" []
         "Times scrubbing found a namespace of a shard damaged"
+    WATCHERS Gauge "tombolo_watchers" []
+        "Watchers that this node serves"
+    WATCH_EVENTS Counter "tombolo_watch_events_total" []
+        "Events sent to watchers, checkpoints included"
+    WATCH_RESETS Counter "tombolo_watch_resets_total" []
+        "Times a watcher was told that what it had of a shard no longer counts"
+    WATCH_ENDS Counter "tombolo_watch_ends_total" ["reason"]
+        "Watches that ended, by reason (empty when the watcher went away)"
     DISK_FREE Gauge "tombolo_disk_free_bytes" []
         "Space that the node may still use on its data directory's file system"
     DISK_SHORT Gauge "tombolo_disk_short" []
@@ -325,6 +333,10 @@ pub struct Metrics {
     ledger_forgotten: Family<ByReason, Counter>,
     scrub_records: Counter,
     scrub_damaged: Counter,
+    watchers: GaugeU64,
+    watch_events: Counter,
+    watch_resets: Counter,
+    watch_ends: Family<ByReason, Counter>,
     disk_free: GaugeU64,
     disk_short: GaugeU64,
     clock_offset: Family<ByNode, GaugeF64>,
@@ -385,6 +397,10 @@ impl Metrics {
             ledger_forgotten: register(r, &LEDGER_FORGOTTEN),
             scrub_records: register(r, &SCRUB_RECORDS),
             scrub_damaged: register(r, &SCRUB_DAMAGED),
+            watchers: register(r, &WATCHERS),
+            watch_events: register(r, &WATCH_EVENTS),
+            watch_resets: register(r, &WATCH_RESETS),
+            watch_ends: register(r, &WATCH_ENDS),
             disk_free: register(r, &DISK_FREE),
             disk_short: register(r, &DISK_SHORT),
             clock_offset: register(r, &CLOCK_OFFSET),
@@ -432,6 +448,25 @@ impl Metrics {
     pub fn rpc(self: &Arc<Self>, method: &'static str) -> RpcGuard {
         self.rpc_in_flight.get_or_create(&ByMethod { method }).inc();
         RpcGuard { metrics: Arc::clone(self), method, started: Instant::now(), answer: None }
+    }
+
+    pub(crate) fn watch_began(&self) {
+        self.watchers.inc();
+    }
+
+    /// `reason` is none when the watcher went away.
+    pub(crate) fn watch_ended(&self, reason: Option<Reason>) {
+        self.watchers.dec();
+        let reason = reason.map_or("", Reason::as_str);
+        self.watch_ends.get_or_create(&ByReason { reason }).inc();
+    }
+
+    pub(crate) fn watch_sent(&self, events: usize) {
+        self.watch_events.inc_by(events as u64);
+    }
+
+    pub(crate) fn watch_reset(&self) {
+        self.watch_resets.inc();
     }
 
     pub fn set_raft(&self, shard: u32, numbers: &RaftNumbers) {

@@ -126,6 +126,9 @@ reasons! {
     ResumeTokenInvalid "RESUME_TOKEN_INVALID" InvalidArgument Never 0
         "The resume token of a watch was not made by this cluster, or it was changed."
         "Start a new watch."
+    ResumeTokenMismatch "RESUME_TOKEN_MISMATCH" InvalidArgument Never 0
+        "The resume token belongs to a watch of another namespace, range or choice of regions."
+        "Repeat the parameters of the watch that the token came from, or start a new watch."
     RequestInvalid "REQUEST_INVALID" InvalidArgument Never 0
         "A field of the request is missing or has a value that is not accepted."
         "Correct the field named in the message."
@@ -198,9 +201,6 @@ reasons! {
     ConflictExpired "CONFLICT_EXPIRED" FailedPrecondition Never 0
         "The dropped value had a time to live, which has passed."
         "If it is still wanted, read it from the conflict and put it with a new time to live."
-    ResumeTokenExpired "RESUME_TOKEN_EXPIRED" OutOfRange AfterRead 0
-        "The changes that the watch should resume with are no longer kept."
-        "Scan the keys again, then start a new watch."
     NotLeader "NOT_LEADER" Unavailable Anywhere 0
         "This node does not lead the key's shard; metadata `leader` names the node that may."
         "Send the request to that node, or to any node of the region if none is named."
@@ -237,6 +237,9 @@ reasons! {
     Overloaded "OVERLOADED" ResourceExhausted Anywhere 250
         "The node has as many requests in work as `limits.max_in_flight` allows."
         "Repeat after the time in RetryInfo, with fewer requests at once."
+    WatchTooSlow "WATCH_TOO_SLOW" ResourceExhausted Anywhere 100
+        "The watcher took nothing for `watch.stall_timeout` and was cut."
+        "Watch again with the last resume token; take events faster, or fewer of them."
     DiskFull "DISK_FULL" ResourceExhausted Never 0
         "The disk of a node is nearly full; writes are refused, reads go on."
         "Free or add disk space; deletes free space only after compaction."

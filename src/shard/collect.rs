@@ -1,10 +1,10 @@
 //! Collection: what a shard's leader lets its replicas forget.
 //!
 //! Four things stay behind and are not data: the outcomes of requests, kept so that a repeat is
-//! recognised, the change log, kept until every region has it or it exceeds its budget, tombstones, kept
-//! until nothing can come any more that has not seen the deletion, and the ledger of conflicts, kept for
-//! a time and up to a size for people to look at. Values that
-//! have expired are hidden from reads at once and deleted here, by the region that wrote them, with
+//! recognised, the change log, kept until every region has it or it exceeds its budget (a tail of it
+//! stays longer, for watchers), tombstones, kept until nothing can come any more that has not seen the
+//! deletion, and the ledger of conflicts, kept for a time and up to a size for people to look at. Values
+//! that have expired are hidden from reads at once and deleted here, by the region that wrote them, with
 //! a deletion like any other. The leader looks at them now and then and
 //! proposes what may go; replicas forget exactly that, in log order.
 
@@ -21,6 +21,7 @@ use bytes::Bytes;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tombolo_core::{HybridTime, MemberState, NamespaceId, RegionId, ShardId, namespace::Namespace};
+use tombolo_storage::StorageError;
 
 use crate::{error::ShardError, shard::Shard, shards::Shards};
 
@@ -41,6 +42,8 @@ pub struct CollectConfig {
     pub ledger_retention: Duration,
     /// Most bytes of the ledger of one namespace in one shard; above, the oldest entries go.
     pub ledger_bytes: u64,
+    /// How many of them stay for watchers when every region has them.
+    pub history_bytes: u64,
 }
 
 impl Default for CollectConfig {
@@ -52,6 +55,7 @@ impl Default for CollectConfig {
             change_log_bytes: 256 << 20,
             ledger_retention: Duration::from_secs(7 * 24 * 3600),
             ledger_bytes: 64 << 20,
+            history_bytes: 8 << 20,
         }
     }
 }
@@ -225,13 +229,19 @@ impl Collector {
         Ok(())
     }
 
-    /// Trims what every region has, and beyond that what exceeds the budget.
+    /// Trims what every region has, but for a tail, and beyond that what exceeds the budget.
     async fn trim_change_log(&self, shard: &Shard) -> Result<(), ShardError> {
+        let budget = self.config.change_log_bytes;
         for namespace in shard.store().frontiers().into_keys() {
+            let history = self.history_bytes(namespace);
             let stable = shard.acknowledged_by_all(namespace);
-            let (store, budget) = (shard.store().clone(), self.config.change_log_bytes);
-            let over = blocking(move || store.over_budget(namespace, budget)).await?;
-            let mut upto = stable.clone();
+            let store = shard.store().clone();
+            let (before_tail, over) = blocking(move || {
+                let before_tail = store.over_budget(namespace, history)?;
+                Ok::<_, StorageError>((before_tail, store.over_budget(namespace, budget)?))
+            })
+            .await?;
+            let mut upto = stable.meet(&before_tail);
             upto.join(&over);
             if upto.events_beyond(&shard.store().trimmed(namespace)) == 0 {
                 continue;
@@ -280,6 +290,15 @@ impl Collector {
             }
         }
         Ok(())
+    }
+
+    /// How much of a namespace's change log stays for watchers.
+    fn history_bytes(&self, namespace: NamespaceId) -> u64 {
+        // Nobody follows the catalog, or what is deleted.
+        match self.shards.catalog().current().with_id(namespace) {
+            Some(_) => self.config.history_bytes.min(self.config.change_log_bytes),
+            None => 0,
+        }
     }
 
     async fn forget_requests(&self, shard: &Shard, before: HybridTime) -> Result<(), ShardError> {

@@ -5,7 +5,7 @@
 
 use bytes::Bytes;
 use rocksdb::DBRawIterator;
-use tombolo_core::{Actor, Change, HybridTime, NamespaceId, VersionVector};
+use tombolo_core::{Actor, Change, Dot, HybridTime, NamespaceId, VersionVector, record::Delta};
 
 use crate::{
     ShardStore, StorageError,
@@ -146,6 +146,23 @@ impl ShardStore {
             return Err(StorageError::Trimmed { namespace, actor, from_seq });
         }
         Ok(changes)
+    }
+
+    /// What one write did, if the log still has it.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn logged_write(
+        &self,
+        namespace: NamespaceId,
+        dot: Dot,
+    ) -> Result<Option<Delta>, StorageError> {
+        let shard = &*self.inner;
+        let mut pairs = shard.log(namespace, dot.actor, 0);
+        pairs.seek_for_prev(Keys::new(shard.id).change(namespace, dot.actor, dot.seq));
+        let Some(value) = pairs.value() else { return shard.check(&pairs).map(|()| None) };
+        let deltas = shard.decode_change(value)?.decoded.deltas;
+        Ok(deltas.into_iter().find(|delta| delta.sibling.dot == dot))
     }
 
     /// When the first change at or after `from_seq` was written; `None` if there is none. Tells

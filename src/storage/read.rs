@@ -9,7 +9,7 @@ use bytes::Bytes;
 use rocksdb::{DBRawIterator, ReadOptions, Snapshot};
 use tombolo_core::{
     Dot, HybridTime, NamespaceId, Record, RegionId, RequestId, VersionVector, command::Remembered,
-    record::Sibling,
+    feed::Page, record::Sibling,
 };
 
 use crate::{
@@ -129,6 +129,13 @@ impl Shard {
 }
 
 impl Shard {
+    /// The user's key that an iterator over records stands at; `None` at its end.
+    fn key_at<'a>(&self, pairs: &'a DBRawIterator<'_>) -> Result<Option<&'a [u8]>, StorageError> {
+        let Some(key) = pairs.key() else { return self.check(pairs).map(|()| None) };
+        let key = layout::user_key(key).ok_or_else(|| StorageError::key(self.id, "record"))?;
+        Ok(Some(key))
+    }
+
     /// The keys that bound a range; `None` if there is nothing in between.
     fn bounds(&self, namespace: NamespaceId, range: &ScanRange) -> Option<(Vec<u8>, Vec<u8>)> {
         let mut keys = Keys::new(self.id);
@@ -374,6 +381,63 @@ impl ShardStore {
         let snapshot = shard.engine.db.snapshot();
         let frontier = shard.view.read().frontiers.get(&namespace).cloned().unwrap_or_default();
         Pinned { shard, snapshot, namespace, frontier }
+    }
+
+    /// A page of the records in a range, tombstones included, with what was applied at their moment:
+    /// at most `max_keys` (at least one), and no more after `max_bytes` of keys and stored values.
+    ///
+    /// # Errors
+    /// If a record cannot be read.
+    pub fn page(
+        &self,
+        namespace: NamespaceId,
+        start: &[u8],
+        end: Option<&[u8]>,
+        max_keys: usize,
+        max_bytes: usize,
+    ) -> Result<Page, StorageError> {
+        let shard = &*self.inner;
+        let mut keys = Keys::new(shard.id);
+        let mut pairs_of = |kind| {
+            let first = keys.in_namespace(kind, namespace, start).to_vec();
+            let last = match end {
+                Some(end) => keys.in_namespace(kind, namespace, end).to_vec(),
+                None => keys.namespace_end(kind, namespace).to_vec(),
+            };
+            // An empty range must not look like one from the end to the start.
+            let last = last.max(first.clone());
+            shard.iterate(first, last, true)
+        };
+        let (standing, mut live, mut dead) = {
+            // No run is applied between looking at the data and at the frontier.
+            let _applying = shard.applying.lock();
+            (self.standing(namespace), pairs_of(Kind::Record), pairs_of(Kind::Tombstone))
+        };
+        live.seek_to_first();
+        dead.seek_to_first();
+        let mut page =
+            Page { frontier: standing.frontier, is_exact: standing.is_exact, ..Page::default() };
+        let mut bytes = 0;
+        loop {
+            let is_live = match (shard.key_at(&live)?, shard.key_at(&dead)?) {
+                (Some(live), Some(dead)) => live < dead,
+                (Some(_), None) => true,
+                (None, Some(_)) => false,
+                (None, None) => return Ok(page),
+            };
+            let pairs = if is_live { &mut live } else { &mut dead };
+            let (key, value) = (shard.key_at(pairs)?, pairs.value());
+            let (key, value) = (key.unwrap_or_default(), value.unwrap_or_default());
+            if max_keys.max(1) <= page.records.len()
+                || (max_bytes <= bytes && !page.records.is_empty())
+            {
+                page.next = Some(Bytes::copy_from_slice(key));
+                return Ok(page);
+            }
+            bytes += key.len() + value.len();
+            page.records.push((Bytes::copy_from_slice(key), shard.decode_record(value)?));
+            pairs.next();
+        }
     }
 
     /// Keys of a namespace that hold several siblings, with the time of the latest, in that order, then

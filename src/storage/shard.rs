@@ -13,6 +13,7 @@ use tombolo_core::{
     Actor, DecodeError, NamespaceId, RegionId, RequestId, ShardId, VersionVector,
     codec::{Reader, Writer},
     command::LinkSetting,
+    feed::Standing,
     members::Members,
     merkle::Tree,
 };
@@ -419,6 +420,24 @@ impl ShardStore {
     pub fn frontier_and_members(&self, namespace: NamespaceId) -> (VersionVector, Members) {
         let view = self.inner.view.read();
         (view.frontiers.get(&namespace).cloned().unwrap_or_default(), view.members.clone())
+    }
+
+    /// What is known of a namespace, all of one moment.
+    pub fn standing(&self, namespace: NamespaceId) -> Standing {
+        let view = self.inner.view.read();
+        Standing {
+            frontier: view.frontiers.get(&namespace).cloned().unwrap_or_default(),
+            trimmed: view.trimmed.get(&namespace).cloned().unwrap_or_default(),
+            members: view.members.clone(),
+            is_exact: view.is_exact(namespace),
+        }
+    }
+
+    /// Whether `seen` is what is applied of a namespace, no more and no less. Cheaper than asking for
+    /// the frontier.
+    pub fn is_at(&self, namespace: NamespaceId, seen: &VersionVector) -> bool {
+        let view = self.inner.view.read();
+        view.frontiers.get(&namespace).map_or(seen.is_empty(), |frontier| frontier == seen)
     }
 
     /// Up to where the change log of a namespace is gone.

@@ -15,3 +15,4 @@ mod repair_cost;
 mod sessions;
 mod support;
 mod typed;
+mod watch;

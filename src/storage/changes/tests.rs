@@ -98,3 +98,23 @@ fn a_change_with_a_damaged_header_is_an_error() {
     assert!(shard.changes(LWW, LOCAL, 1, 1).unwrap_err().is_corruption());
     assert!(shard.change_log_bytes(LWW).unwrap_err().is_corruption());
 }
+
+#[test]
+fn one_write_is_found_by_its_dot_as_long_as_the_log_has_it() {
+    let (_dir, _store, shard) = fresh();
+    run_write(&shard, write(1, vec![put("a", "1"), put("b", "1")]));
+    run_write(&shard, write(2, vec![delete("a")]));
+    let dot = |seq| Dot { actor: LOCAL, seq };
+    let key_of = |seq| {
+        let delta = shard.logged_write(LWW, dot(seq)).unwrap();
+        delta.map(|delta| (delta.key, delta.sibling.dot))
+    };
+    assert_eq!(key_of(1), Some(("a".into(), dot(1))));
+    assert_eq!(key_of(2), Some(("b".into(), dot(2))));
+    assert_eq!(key_of(3), Some(("a".into(), dot(3))));
+    assert_eq!(key_of(4), None);
+    trim(&shard, 2);
+    assert_eq!(key_of(1), None);
+    assert_eq!(key_of(3), Some(("a".into(), dot(3))));
+    assert_eq!(shard.logged_write(SIBLINGS, dot(1)).unwrap(), None);
+}

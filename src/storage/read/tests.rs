@@ -163,3 +163,32 @@ fn of_each_client_the_latest_requests_are_kept_and_the_others_are_found() {
     let kept: Vec<u64> = dump(&shard).requests.keys().map(|request| request.number).collect();
     assert_eq!(kept, [7, 8, 9, 4, 5, 10, 11, 12]);
 }
+
+#[test]
+fn a_page_has_tombstones_in_their_place_and_what_was_applied_at_its_moment() {
+    let (_dir, _store, shard) = fresh();
+    run_write(&shard, write(1, vec![put("a", "1"), put("b", "1"), put("c", "1"), put("d", "1")]));
+    run_write(&shard, write(2, vec![delete("b"), delete("d")]));
+    let page_of = |start: &str, end: Option<&str>, keys, bytes| {
+        let end = end.map(str::as_bytes);
+        shard.page(LWW, start.as_bytes(), end, keys, bytes).unwrap()
+    };
+    let keys_of = |page: &Page| -> Vec<(Bytes, bool)> {
+        page.records.iter().map(|(key, record)| (key.clone(), record.is_dead())).collect()
+    };
+    let all = [("a", false), ("b", true), ("c", false), ("d", true)];
+    let all = all.map(|(key, is_dead)| (Bytes::from(key), is_dead));
+    let page = page_of("", None, 9, usize::MAX);
+    assert_eq!((keys_of(&page), page.next.as_deref()), (all.to_vec(), None));
+    let standing = shard.standing(LWW);
+    assert!(page.is_exact && standing.is_exact && page.frontier == standing.frontier);
+    assert!(shard.is_at(LWW, &page.frontier) && !shard.is_at(SIBLINGS, &page.frontier));
+
+    let page = page_of("", None, 2, usize::MAX);
+    assert_eq!((keys_of(&page), page.next.as_deref()), (all[..2].to_vec(), Some(&b"c"[..])));
+    let page = page_of("b", Some("d"), 9, usize::MAX);
+    assert_eq!((keys_of(&page), page.next), (all[1..3].to_vec(), None));
+    let page = page_of("", None, 9, 1);
+    assert_eq!((keys_of(&page), page.next.as_deref()), (all[..1].to_vec(), Some(&b"b"[..])));
+    assert!(page_of("x", Some("b"), 9, 9).records.is_empty());
+}

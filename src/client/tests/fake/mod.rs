@@ -6,6 +6,8 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 #![allow(clippy::cast_possible_truncation, reason = "a fake holds little")]
 
+pub(crate) mod watch;
+
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, VecDeque};
@@ -22,6 +24,7 @@ use tombolo_proto::v1::conflict_service_server::{ConflictService, ConflictServic
 use tombolo_proto::v1::kv_service_server::{KvService, KvServiceServer};
 use tombolo_proto::v1::namespace_service_server::{NamespaceService, NamespaceServiceServer};
 use tombolo_proto::v1::region_service_server::{RegionService, RegionServiceServer};
+use tombolo_proto::v1::watch_service_server::WatchServiceServer;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt};
@@ -71,6 +74,10 @@ pub(crate) struct State {
     pub(crate) data: BTreeMap<(String, Bytes), Vec<v1::Version>>,
     pub(crate) namespaces: BTreeMap<String, v1::Namespace>,
     pub(crate) links: Vec<v1::Link>,
+    /// What watches answer.
+    pub(crate) watches: VecDeque<watch::Played>,
+    /// Watches that came, by node.
+    pub(crate) watched: Vec<(u64, v1::WatchRequest)>,
     /// Writes applied, repeats not counted.
     pub(crate) applied: u64,
     remembered: BTreeMap<(u64, u64), v1::Dot>,
@@ -104,6 +111,7 @@ impl Region {
                     .add_service(KvServiceServer::new(server.clone()))
                     .add_service(ClusterServiceServer::new(server.clone()))
                     .add_service(NamespaceServiceServer::new(server.clone()))
+                    .add_service(WatchServiceServer::new(server.clone()))
                     .add_service(RegionServiceServer::new(server.clone()))
                     .add_service(ConflictServiceServer::new(server))
                     .serve_with_incoming(TcpIncoming::from(listener)),
