@@ -43,7 +43,12 @@ fn delta(region: u16, seq: u64, supersedes: Vec<Dot>) -> Delta {
     let dot = Dot { actor: actor(region), seq };
     let content = Content::value(vec![7; VALUE_BYTES]);
     let sibling = Sibling { dot, time: time(seq * 10 + u64::from(region)), request: None, content };
-    Delta { key: key(0), sibling, supersedes, pushed_out: Vec::new() }
+    Delta {
+        key: key(0),
+        sibling,
+        supersedes,
+        pushed_out: tombolo_core::record::PushedOut::default(),
+    }
 }
 
 /// A record that each of `regions` wrote last without knowing of the others.

@@ -292,6 +292,28 @@ impl Admin {
         reply.namespace.ok_or_else(|| Error::protocol("no namespace in the reply"))
     }
 
+    /// Creates a namespace in every region in which concurrent values wait for somebody to settle them: for
+    /// `hold`, from when the latest of them was written; then that one is taken.
+    ///
+    /// # Errors
+    /// As [`create_namespace`](Self::create_namespace).
+    pub async fn create_held_namespace(
+        &self,
+        name: impl Into<String>,
+        hold: std::time::Duration,
+    ) -> Result<v1::Namespace> {
+        let namespace = v1::Namespace {
+            name: name.into(),
+            rule: v1::Rule::Siblings.into(),
+            hold: Some(crate::types::proto_duration(hold)),
+            ..Default::default()
+        };
+        let request =
+            v1::CreateNamespaceRequest { namespace: Some(namespace), validate_only: false };
+        let reply = ask!(self, Safety::Once, NamespaceServiceClient, create_namespace, request)?;
+        reply.namespace.ok_or_else(|| Error::protocol("no namespace in the reply"))
+    }
+
     /// One namespace.
     ///
     /// # Errors

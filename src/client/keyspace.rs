@@ -9,7 +9,9 @@ use crate::retry::Safety;
 use crate::router::Target;
 use crate::scan::Scan;
 use crate::session::Session;
-use crate::types::{Consistency, Got, IntoBytes, Revision, Written, proto_duration, versions};
+use crate::types::{
+    Consistency, Got, IntoBytes, Revision, Written, proto_duration, system_time, versions,
+};
 use crate::watch::Watch;
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -419,6 +421,7 @@ impl IntoFuture for Get {
                 token: reply.session_token,
                 revision: reply.revision.map(Revision::from),
                 next_elements: reply.next_element_token,
+                settle_time: reply.settle_time.and_then(system_time),
             })
         })
     }
@@ -516,6 +519,7 @@ impl IntoFuture for BatchGet {
                         token: reply.session_token.clone(),
                         revision: None,
                         next_elements: Bytes::new(),
+                        settle_time: None,
                     };
                     gots.insert(position, got);
                 }

@@ -271,7 +271,7 @@ pub(crate) fn versions(versions: Vec<v1::Version>) -> Result<Vec<Version>> {
     versions.into_iter().map(Version::try_from).collect()
 }
 
-fn system_time(time: prost_types::Timestamp) -> Option<SystemTime> {
+pub(crate) fn system_time(time: prost_types::Timestamp) -> Option<SystemTime> {
     let seconds = u64::try_from(time.seconds).ok()?;
     let nanos = u32::try_from(time.nanos).ok()?;
     SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds, nanos))
@@ -299,6 +299,9 @@ pub struct Got {
     /// Where a large set or map goes on: give it to [`crate::Get::elements_from`]. Empty if all of it is
     /// here.
     pub next_elements: Bytes,
+    /// Set while several versions wait to be settled in a namespace with a hold: what is shown is
+    /// provisional, and the first version is taken then. `None` in a batch.
+    pub settle_time: Option<SystemTime>,
 }
 
 impl Got {

@@ -98,6 +98,7 @@ mod tests {
             name: "carts".to_owned(),
             rule: Rule::Siblings,
             created: HybridTime::ZERO,
+            hold_ms: None,
         };
         catalog.publish(Namespaces::new([carts]));
         assert!(versions.has_changed().unwrap());

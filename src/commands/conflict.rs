@@ -354,6 +354,8 @@ struct OpenJson {
     versions: Vec<VersionJson>,
     context: String,
     since_time: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    settle_time: Option<String>,
 }
 
 fn print_open(
@@ -369,6 +371,7 @@ fn print_open(
                 versions: it.versions.iter().map(version_json).collect(),
                 context: base64(&it.context),
                 since_time: show_timestamp(it.since_time),
+                settle_time: it.settle_time.map(|at| show_timestamp(Some(at))),
             };
             json_list(out, format, "conflicts", &conflicts.iter().map(row).collect::<Vec<_>>())
         }
@@ -384,9 +387,10 @@ fn print_open(
                     it.versions.len().to_string(),
                     regions.join(","),
                     show_timestamp(it.since_time),
+                    show_timestamp(it.settle_time),
                 ]
             };
-            table(out, ["KEY", "VALUES", "OF", "LATEST"], conflicts.iter().map(row))
+            table(out, ["KEY", "VALUES", "OF", "LATEST", "SETTLES"], conflicts.iter().map(row))
         }
     }
 }

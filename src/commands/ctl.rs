@@ -106,6 +106,9 @@ pub enum NamespaceCommand {
         /// How concurrent values of a key become one; fixed for ever
         #[arg(long, value_enum, default_value = "lww")]
         rule: Rule,
+        /// With siblings: let values wait so long for somebody to settle them, then take the latest
+        #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+        hold: Option<std::time::Duration>,
         #[command(flatten)]
         connection: Connection,
     },
@@ -224,7 +227,7 @@ pub(crate) async fn ctl(args: &Ctl, io: &mut Io) -> Result<Exit, Failure> {
 
 async fn namespace(command: &NamespaceCommand, io: &mut Io) -> Result<Exit, Failure> {
     match command {
-        NamespaceCommand::Create { name, rule, connection } => {
+        NamespaceCommand::Create { name, rule, hold, connection } => {
             let (client, _) = connection.connect(io, None).await?;
             let rule = match rule {
                 Rule::Lww => v1::Rule::Lww,
@@ -236,7 +239,13 @@ async fn namespace(command: &NamespaceCommand, io: &mut Io) -> Result<Exit, Fail
                 Rule::Max => v1::Rule::Max,
                 Rule::Min => v1::Rule::Min,
             };
-            let created = client.admin().create_namespace(name, rule).await?;
+            let created = match hold {
+                None => client.admin().create_namespace(name, rule).await?,
+                Some(hold) if rule == v1::Rule::Siblings => {
+                    client.admin().create_held_namespace(name, *hold).await?
+                }
+                Some(_) => return Err(Failure::Usage("--hold needs --rule siblings".to_owned())),
+            };
             print_namespace(created, connection.format(io), io)?;
         }
         NamespaceCommand::List { connection } => {
@@ -275,6 +284,8 @@ struct NamespaceJson {
     rule: &'static str,
     create_time: String,
     etag: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hold: Option<String>,
 }
 
 impl From<&v1::Namespace> for NamespaceJson {
@@ -292,6 +303,10 @@ impl From<&v1::Namespace> for NamespaceJson {
             rule: it.rule().as_str_name(),
             create_time: create_time.unwrap_or_default(),
             etag: it.etag.clone(),
+            hold: it
+                .hold
+                .and_then(|hold| std::time::Duration::try_from(hold).ok())
+                .map(|hold| format!("{}s", hold.as_secs_f64())),
         }
     }
 }

@@ -243,6 +243,8 @@ struct GotJson {
     revision: Option<RevisionJson>,
     #[serde(skip_serializing_if = "String::is_empty")]
     next_element_token: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    settle_time: Option<String>,
 }
 
 pub(crate) async fn get(args: &Get, io: &mut Io) -> Result<Exit, Failure> {
@@ -290,6 +292,9 @@ fn print_got(got: &Got, format: Format, encoding: KeyEncoding, io: &mut Io) -> R
                 session_token: base64(&got.token),
                 revision: got.revision.map(RevisionJson::from),
                 next_element_token: base64(&got.next_elements),
+                settle_time: got
+                    .settle_time
+                    .map(|at| humantime::format_rfc3339_millis(at).to_string()),
             };
             json(&mut io.out, format, &reply)?;
         }

@@ -55,7 +55,19 @@ pub struct Leadership {
 pub(crate) struct Member {
     pub(crate) raft: RaftCore,
     pub(crate) quarantine: Arc<Quarantine>,
+    pub(crate) heard: Arc<Heard>,
     log: tombolo_raftlog::Group,
+}
+
+/// When a leader last spoke to this replica. openraft goes on naming a leader that has died until
+/// somebody else wins.
+#[derive(Debug)]
+pub(crate) struct Heard(Mutex<tokio::time::Instant>);
+
+impl Heard {
+    pub(crate) fn note(&self) {
+        *self.0.lock() = tokio::time::Instant::now();
+    }
 }
 
 impl Member {
@@ -113,6 +125,7 @@ struct Inner {
     /// Index of the flushed applied position plus one; 0 when nothing is flushed.
     flushed_next: AtomicU64,
     stopping: AtomicBool,
+    heard: Arc<Heard>,
     /// This replica does not stand for election; see [`Group::withhold`].
     withheld: AtomicBool,
     failure: Mutex<Option<String>>,
@@ -191,6 +204,7 @@ impl Group {
                 quarantine,
                 flushed_next: AtomicU64::new(0),
                 stopping: AtomicBool::new(false),
+                heard: Arc::new(Heard(Mutex::new(tokio::time::Instant::now()))),
                 withheld: AtomicBool::new(false),
                 failure: Mutex::new(None),
             }),
@@ -311,6 +325,7 @@ impl Group {
         Member {
             raft: self.inner.raft.clone(),
             quarantine: self.inner.quarantine.clone(),
+            heard: self.inner.heard.clone(),
             log: self.inner.log.clone(),
         }
     }
@@ -361,6 +376,11 @@ impl Group {
             tracing::debug!(shard = %self.inner.shard, withheld, "standing for election was decided");
             self.decide_elections();
         }
+    }
+
+    /// Whether this replica leads, or a leader spoke to it within `span` or since it started.
+    pub fn heard_leader_within(&self, span: Duration) -> bool {
+        self.leadership().borrow().is_leader || self.inner.heard.0.lock().elapsed() <= span
     }
 
     /// Lets the core stand for election, unless something speaks against it.

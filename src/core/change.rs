@@ -19,7 +19,8 @@ use crate::{
     codec::{DecodeError, Reader, Writer},
     hlc::HybridTime,
     id::{Actor, Dot},
-    record::{Content, Delta, Sibling},
+    ledger::Cause,
+    record::{Content, Delta, PushedOut, Sibling},
     request::{RequestTag, Requested},
     vector::{VersionVector, decode_actor, decode_dot, encode_actor, encode_dot},
 };
@@ -100,7 +101,10 @@ impl Change {
             writer.fixed64(delta.sibling.time.to_bits());
             delta.sibling.content.encode(&mut writer);
             encode_dots(&delta.supersedes, &mut writer);
-            encode_dots(&delta.pushed_out, &mut writer);
+            encode_dots(&delta.pushed_out.dots, &mut writer);
+            if !delta.pushed_out.dots.is_empty() {
+                writer.u8(delta.pushed_out.cause.to_byte());
+            }
         }
         writer.finish()
     }
@@ -155,7 +159,12 @@ fn decode_delta(
     let time = HybridTime::from_bits(reader.fixed64()?);
     let content = Content::decode(reader)?;
     let supersedes = decode_dots(reader)?;
-    let pushed_out = decode_dots(reader)?;
+    let dots = decode_dots(reader)?;
+    let pushed_out = if dots.is_empty() {
+        PushedOut::default()
+    } else {
+        PushedOut { dots, cause: Cause::decode(reader)? }
+    };
     Ok(Delta { key, sibling: Sibling { dot, time, request, content }, supersedes, pushed_out })
 }
 
@@ -213,11 +222,13 @@ pub(crate) mod tests {
         (any_actor(), 1u64..1 << 40, any_vector(), ahead_by, request, deltas).prop_map(
             |(actor, first_seq, depends_on, ahead_by, request, deltas)| {
                 let delta = |(place, (key, time, content, supersedes, pushed_out))| {
-                    let key: Vec<u8> = key;
+                    let (key, pushed_out): (Vec<u8>, Vec<Dot>) = (key, pushed_out);
                     let dot = Dot { actor, seq: first_seq + place as u64 };
                     let time = HybridTime::from_bits(time);
                     let tag = request.map(|request: Requested| request.tag(place));
                     let sibling = Sibling { dot, time, request: tag, content };
+                    let cause = if pushed_out.is_empty() { Cause::Bound } else { Cause::Deadline };
+                    let pushed_out = PushedOut { dots: pushed_out, cause };
                     Delta { key: key.into(), sibling, supersedes, pushed_out }
                 };
                 let deltas = deltas.into_iter().enumerate().map(delta).collect();

@@ -13,7 +13,8 @@
 //! * Only differences between clocks count, so that a node whose own clock is wrong judges the others
 //!   as they judge each other.
 //! * A clock is outside only if more than half of those that were heard, and these are a majority, say
-//!   so. Two halves that disagree leave the question open, and nobody is stopped.
+//!   so. Where all were heard and two halves disagree, the question stays open and nobody is stopped;
+//!   where some were not, those that disagree wait for their word.
 //! * A clock that was outside is back when it is within four fifths of the bound, so that one at the
 //!   very edge does not come and go.
 //!
@@ -119,12 +120,12 @@ impl Reading {
 pub enum Standing {
     /// There is no other to compare it with.
     Alone,
-    /// A majority was not heard yet, or not for a while.
+    /// Too few were heard, lately or at all, to tell.
     #[default]
     Unheard,
     /// Within the bound of most that were heard.
     Inside,
-    /// As many are within the bound as are not: nobody can tell whose clock is wrong.
+    /// All were heard, and as many are within the bound as are not: nobody can tell whose is wrong.
     Split,
     /// Beyond the bound of most that were heard.
     Outside,
@@ -143,7 +144,7 @@ impl Standing {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Alone => "alone",
-            Self::Unheard => "not compared",
+            Self::Unheard => "not known",
             Self::Inside => "inside",
             Self::Split => "undecided",
             Self::Outside => "outside",
@@ -200,6 +201,7 @@ impl ClockGuard {
         let apart = readings.values().filter(|other| own.is_apart(other, bound_us)).count();
         match (apart * 2).cmp(&heard) {
             std::cmp::Ordering::Less => Standing::Inside,
+            std::cmp::Ordering::Equal if heard < nodes => Standing::Unheard,
             std::cmp::Ordering::Equal => Standing::Split,
             std::cmp::Ordering::Greater => Standing::Outside,
         }
@@ -272,9 +274,12 @@ mod tests {
 
     #[test]
     fn of_a_region_with_nodes_away_those_that_were_heard_decide() {
-        use Standing::{Inside, Outside, Split};
+        use Standing::{Inside, Outside, Unheard};
         assert_eq!(judge(5, &[0, 0, HOURS_US]), [Inside, Inside, Outside]);
-        assert_eq!(judge(3, &[0, HOURS_US]), [Split, Split]);
+        assert_eq!(judge(3, &[0, 10]), [Inside, Inside]);
+        // The third may say who is right, and may not have been asked yet.
+        assert_eq!(judge(3, &[0, HOURS_US]), [Unheard, Unheard]);
+        assert_eq!(judge(5, &[0, 0, HOURS_US, HOURS_US]), [Unheard; 4]);
     }
 
     #[test]

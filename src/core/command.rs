@@ -52,6 +52,8 @@ pub enum Command {
     ForgetReviewed(ForgetReviewed),
     /// Forget entries of the ledger.
     ForgetConflicts(ForgetConflicts),
+    /// Settle keys that nobody has settled in time.
+    Settle(Settle),
 }
 
 /// A client's write: checks and operations, all or nothing.
@@ -270,6 +272,22 @@ pub struct ForgetConflicts {
     pub entries: Vec<Noted>,
 }
 
+/// Settles keys that hold several values, where nobody did in time: the latest value stays, and the
+/// others enter the ledger.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settle {
+    /// Where.
+    pub namespace: NamespaceId,
+    /// The namespace's rule.
+    pub rule: Rule,
+    /// The region that settles, for all.
+    pub actor: Actor,
+    /// Stamped by the leader.
+    pub time: HybridTime,
+    /// Which, with the time of the latest value of each: another one means another deadline.
+    pub keys: Vec<(Bytes, HybridTime)>,
+}
+
 /// How a region pulls from another one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LinkSetting {
@@ -401,6 +419,7 @@ const LEARN: u8 = 10;
 const START_OVER: u8 = 11;
 const FORGET_REVIEWED: u8 = 12;
 const FORGET_CONFLICTS: u8 = 13;
+const SETTLE: u8 = 14;
 
 /// Packs encoded commands into the payload of one log entry.
 pub fn encode_batch(commands: &[Bytes]) -> Bytes {
@@ -526,6 +545,18 @@ impl Command {
                     writer.raw(&entry.id.0);
                 }
             }
+            Self::Settle(settle) => {
+                writer.u8(SETTLE);
+                writer.varint(u64::from(settle.namespace.0));
+                writer.u8(settle.rule.to_byte());
+                encode_actor(settle.actor, &mut writer);
+                writer.fixed64(settle.time.to_bits());
+                writer.count(settle.keys.len());
+                for (key, since) in &settle.keys {
+                    writer.bytes(key);
+                    writer.fixed64(since.to_bits());
+                }
+            }
         }
         writer.finish()
     }
@@ -614,6 +645,17 @@ impl Command {
                     (0..count).map(|_| decode_noted(&mut reader)).collect::<Result<_, _>>()?;
                 Self::ForgetConflicts(ForgetConflicts { namespace, entries })
             }
+            SETTLE => {
+                let namespace = NamespaceId(reader.u32()?);
+                let rule = decode_rule(&mut reader)?;
+                let actor = decode_actor(&mut reader)?;
+                let time = HybridTime::from_bits(reader.fixed64()?);
+                let count = reader.count(9)?;
+                let keys = (0..count)
+                    .map(|_| Ok((reader.bytes()?, HybridTime::from_bits(reader.fixed64()?))))
+                    .collect::<Result<_, DecodeError>>()?;
+                Self::Settle(Settle { namespace, rule, actor, time, keys })
+            }
             kind => return Err(DecodeError::Version { what: "command", version: kind }),
         };
         reader.finish()?;
@@ -638,7 +680,8 @@ impl Command {
             | Self::Learn(_)
             | Self::StartOver(_)
             | Self::ForgetReviewed(_)
-            | Self::ForgetConflicts(_) => 0,
+            | Self::ForgetConflicts(_)
+            | Self::Settle(_) => 0,
         }
     }
 }
@@ -1080,6 +1123,13 @@ mod tests {
                 let entries = entries.iter().map(|entry| entry.place(namespace)).collect();
                 Command::ForgetConflicts(ForgetConflicts { namespace, entries })
             }),
+            (any_rule(), any_actor(), prop::collection::vec((any_bytes(), any::<u64>()), 0..3))
+                .prop_map(|(rule, actor, keys)| {
+                    let key = |(key, since)| (key, HybridTime::from_bits(since));
+                    let keys = keys.into_iter().map(key).collect();
+                    let (namespace, time) = (NamespaceId(8), HybridTime::from_bits(78));
+                    Command::Settle(Settle { namespace, rule, actor, time, keys })
+                }),
         ]
     }
 

@@ -21,14 +21,14 @@ use crate::{
     change::Change,
     command::{
         Advance, Collect, Command, Condition, Expire, FailedCheck, ForgetConflicts, Ingest,
-        Ingested, LinkSetting, Merge, Merged, Outcome, Remembered, Stopped, Write, Written,
+        Ingested, LinkSetting, Merge, Merged, Outcome, Remembered, Settle, Stopped, Write, Written,
     },
     element,
     hlc::HybridTime,
     id::{Actor, Dot, NamespaceId, RegionId, RequestId},
-    ledger::{LedgerEntry, Noted},
+    ledger::{Cause, LedgerEntry, Noted},
     members::{Member, MemberState, Members},
-    record::{Content, Delta, Record, Rule, Sibling},
+    record::{Content, Delta, PushedOut, Record, Rule, Sibling},
     repair::{self, DotReused, Sides, Trust},
     request::Requested,
     typed::{self, Mutated, Mutation, Refused},
@@ -133,6 +133,7 @@ pub fn execute<S: ShardState>(state: &mut S, command: &Command) -> Result<Outcom
         Command::Merge(merge) => execute_merge(state, merge),
         Command::Advance(advance) => Ok(execute_advance(state, advance)),
         Command::Expire(expire) => execute_expire(state, expire),
+        Command::Settle(settle) => execute_settle(state, settle),
         &Command::SetLink(peer, setting) => {
             state.set_link(peer, setting);
             Ok(Outcome::Done)
@@ -222,7 +223,8 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
     for operation in &write.operations {
         let record = writing.record(&operation.key)?;
         let supersedes = record.superseded_by(operation.context.as_ref());
-        let pushed_out = pushed_out(&record, &supersedes, &operation.content);
+        let dots = pushed_out(&record, &supersedes, &operation.content);
+        let pushed_out = PushedOut { dots, cause: Cause::Bound };
         let replaced = Replaced { supersedes, pushed_out };
         let (key, content) = (operation.key.clone(), operation.content.clone());
         results.push(writing.add(record, key, content, replaced, write.time));
@@ -302,13 +304,48 @@ fn execute_expire<S: ShardState>(state: &mut S, expire: &Expire) -> Result<Outco
         if record.siblings().iter().find(is_over).is_some() {
             // Exactly this value: what is concurrent with it stays.
             let (key, content) = (key.clone(), Content::Tombstone);
-            let replaced = Replaced { supersedes: vec![*dot], pushed_out: Vec::new() };
+            let replaced = Replaced { supersedes: vec![*dot], pushed_out: PushedOut::default() };
             writing.add(record, key, content, replaced, expire.time);
             expired += 1;
         }
     }
     writing.finish().execute(state);
     Ok(Outcome::Expired(expired))
+}
+
+/// Takes the latest of several siblings, where nobody has settled the key since it was written.
+fn execute_settle<S: ShardState>(state: &mut S, settle: &Settle) -> Result<Outcome, S::Error> {
+    if let Some(member) = inactive(state, settle.actor) {
+        return Ok(Outcome::NotActive(member));
+    }
+    let frontier = state.frontier(settle.namespace);
+    if frontier.get(settle.actor) < state.ahead(settle.namespace).get(settle.actor) {
+        return Ok(Outcome::OwnChangeUnknown);
+    }
+    let place = Place { namespace: settle.namespace, rule: settle.rule, noted: settle.time };
+    for (key, since) in &settle.keys {
+        let record = state.record(settle.namespace, key)?.unwrap_or_default();
+        if record.siblings().len() < 2 || record.latest_time() != *since {
+            // Settled, or another value came since: that one has a deadline of its own.
+            continue;
+        }
+        let latest = |held: &&Sibling| (held.time, held.dot);
+        // A value whose time is over does not win against one that can be read.
+        let live = record.live_at(settle.time).map(|(held, _)| held).max_by_key(latest);
+        let Some(kept) = live.or_else(|| record.siblings().iter().max_by_key(latest)) else {
+            continue;
+        };
+        let (kept, content) = (kept.dot, kept.content.clone());
+        let others = record.siblings().iter().map(|held| held.dot).filter(|dot| *dot != kept);
+        let pushed_out = PushedOut { dots: others.collect(), cause: Cause::Deadline };
+        let replaced = Replaced { supersedes: vec![kept], pushed_out };
+        // A change of its own: it carries a value, and other regions apply changes whole.
+        let frontier = state.frontier(settle.namespace);
+        let mut writing = Writing::new(&*state, place, settle.actor, frontier);
+        writing.add(record, key.clone(), content, replaced, settle.time);
+        writing.finish().execute(state);
+    }
+    Ok(Outcome::Done)
 }
 
 /// The writes of one command, planned: they see each other, and nothing is changed before all are known.
@@ -333,9 +370,8 @@ pub(crate) struct Writing<'a, S: ShardState> {
 pub(crate) struct Replaced {
     /// Siblings that the writer has seen.
     pub(crate) supersedes: Vec<Dot>,
-    /// Siblings that must go although nobody has seen them: there are too many, or they were hidden by
-    /// another.
-    pub(crate) pushed_out: Vec<Dot>,
+    /// Siblings that go all the same.
+    pub(crate) pushed_out: PushedOut,
 }
 
 impl<'a, S: ShardState> Writing<'a, S> {
@@ -597,7 +633,7 @@ fn remember_change<S: ShardState>(
         }
         // The checks did not hold here, but where they did the write stands.
     }
-    // What the origin had seen, and so answered: of this key, no more and no less than its record.
+    // What the origin had seen: of each key, what its record had, but for what a repair brought ahead.
     let mut context = change.seen().into_owned();
     let results = change.deltas.iter().zip(conflicts).map(|(delta, &conflict)| {
         let Sibling { dot, time, .. } = delta.sibling;

@@ -136,7 +136,7 @@ pub fn survivors<'a>(events: impl IntoIterator<Item = Event<'a>>, rule: Rule) ->
     let events: Vec<Event<'_>> = events.into_iter().collect();
     let named = |event: &Event<'a>| {
         let Delta { supersedes, pushed_out, .. } = event.delta;
-        supersedes.iter().chain(pushed_out).copied()
+        supersedes.iter().chain(&pushed_out.dots).copied()
     };
     let replaced: BTreeSet<Dot> = events.iter().flat_map(named).collect();
     let is_tombstone = |event: &Event<'_>| event.delta.sibling.content == Content::Tombstone;
@@ -215,6 +215,8 @@ pub fn hold_the_same(
 
 #[cfg(test)]
 mod tests {
+    use crate::record::PushedOut;
+
     use super::*;
     use crate::{
         hlc::HybridTime,
@@ -230,7 +232,12 @@ mod tests {
         let time = HybridTime::new(wall, 0).unwrap();
         let content = if value.is_empty() { Content::Tombstone } else { Content::value(value) };
         let sibling = Sibling { dot, time, request: None, content };
-        Delta { key: "k".into(), sibling, supersedes: supersedes.to_vec(), pushed_out: Vec::new() }
+        Delta {
+            key: "k".into(),
+            sibling,
+            supersedes: supersedes.to_vec(),
+            pushed_out: PushedOut::default(),
+        }
     }
 
     fn kept(writes: &[(Delta, VersionVector)], rule: Rule) -> Vec<Dot> {

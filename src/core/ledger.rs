@@ -1,5 +1,5 @@
-//! The ledger: the durable record of every value that was dropped, by a rule or by the bound on
-//! siblings.
+//! The ledger: the durable record of every value that was dropped, by a rule, by the bound on siblings,
+//! or because nobody settled a key in time.
 //!
 //! The id is derived from namespace, key and the loser's dot, so all regions derive the same id
 //! for the same loss, and replaying a change writes the same entry again.
@@ -94,20 +94,24 @@ pub enum Cause {
     Rule,
     /// The key had more siblings than a record may have; the oldest went.
     Bound,
+    /// Nobody settled the key in time, and the latest sibling that could be read was taken.
+    Deadline,
 }
 
 impl Cause {
-    const fn to_byte(self) -> u8 {
+    pub(crate) const fn to_byte(self) -> u8 {
         match self {
             Self::Rule => 0,
             Self::Bound => 1,
+            Self::Deadline => 2,
         }
     }
 
-    fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+    pub(crate) fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
         match reader.u8()? {
             0 => Ok(Self::Rule),
             1 => Ok(Self::Bound),
+            2 => Ok(Self::Deadline),
             byte => Err(reader.invalid(u64::from(byte))),
         }
     }
@@ -273,7 +277,7 @@ pub(crate) mod tests {
     use crate::change::tests::any_change;
 
     pub(crate) fn any_entry() -> impl Strategy<Value = LedgerEntry> {
-        let cause = prop_oneof![Just(Cause::Rule), Just(Cause::Bound)];
+        let cause = prop_oneof![Just(Cause::Rule), Just(Cause::Bound), Just(Cause::Deadline)];
         (any_change(), cause, any::<u64>()).prop_map(|(change, cause, noted)| LedgerEntry {
             winner: change.last(),
             winner_time: change.time(),

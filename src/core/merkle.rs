@@ -157,8 +157,12 @@ mod tests {
     fn record(region: u16, seq: u64, content: Content) -> Record {
         let dot = Dot { actor: Actor { region: RegionId(region), incarnation: 1 }, seq };
         let sibling = Sibling { dot, time: HybridTime::ZERO, request: None, content };
-        let delta =
-            Delta { key: Bytes::new(), sibling, supersedes: Vec::new(), pushed_out: Vec::new() };
+        let delta = Delta {
+            key: Bytes::new(),
+            sibling,
+            supersedes: Vec::new(),
+            pushed_out: crate::record::PushedOut::default(),
+        };
         let mut record = Record::default();
         record.apply(&delta, &VersionVector::new(), Rule::Siblings);
         record

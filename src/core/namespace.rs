@@ -20,6 +20,8 @@ pub const NEXT_ID_KEY: &[u8] = b"{catalog}/next-namespace";
 pub const DEFAULT_NAME: &str = "default";
 
 const NAMESPACE_VERSION: u8 = 1;
+/// The same with the hold at the end; only written where there is one.
+const NAMESPACE_HOLD_VERSION: u8 = 2;
 
 /// One named data set.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +34,9 @@ pub struct Namespace {
     pub rule: Rule,
     /// When it was created.
     pub created: HybridTime,
+    /// Of the rule `siblings`: how long the values of a key wait for somebody to settle them, in
+    /// milliseconds from when the latest of them was written; then that one is taken. `None`: for ever.
+    pub hold_ms: Option<u64>,
 }
 
 impl Namespace {
@@ -42,6 +47,7 @@ impl Namespace {
             name: DEFAULT_NAME.to_owned(),
             rule: Rule::Lww,
             created: HybridTime::ZERO,
+            hold_ms: None,
         }
     }
 
@@ -52,7 +58,14 @@ impl Namespace {
             name: "catalog".to_owned(),
             rule: Rule::Lww,
             created: HybridTime::ZERO,
+            hold_ms: None,
         }
+    }
+
+    /// Until when the values of a key wait, the latest of which was written then.
+    pub fn settles_at(&self, latest: HybridTime) -> Option<HybridTime> {
+        let ms = latest.physical_ms().saturating_add(self.hold_ms?);
+        Some(HybridTime::new(ms, 0).unwrap_or(HybridTime::MAX))
     }
 
     /// The catalog key of a name.
@@ -73,11 +86,12 @@ impl Namespace {
     /// The encoding, with its format version.
     pub fn to_bytes(&self) -> Bytes {
         let mut writer = Writer::default();
-        writer.u8(NAMESPACE_VERSION);
+        writer.u8(if self.hold_ms.is_some() { NAMESPACE_HOLD_VERSION } else { NAMESPACE_VERSION });
         writer.varint(u64::from(self.id.0));
         writer.bytes(self.name.as_bytes());
         writer.u8(self.rule.to_byte());
         writer.fixed64(self.created.to_bits());
+        self.hold_ms.iter().for_each(|&hold_ms| writer.varint(hold_ms));
         writer.finish()
     }
 
@@ -87,15 +101,20 @@ impl Namespace {
     /// If the bytes are damaged, or written by a newer version.
     pub fn from_bytes(bytes: Bytes) -> Result<Self, DecodeError> {
         let mut reader = Reader::new("namespace", bytes);
-        reader.version(NAMESPACE_VERSION)?;
+        let is_held = match reader.u8()? {
+            NAMESPACE_VERSION => false,
+            NAMESPACE_HOLD_VERSION => true,
+            version => return Err(DecodeError::Version { what: "namespace", version }),
+        };
         let id = NamespaceId(reader.u32()?);
         let name = reader.bytes()?;
         let name = String::from_utf8(name.to_vec()).map_err(|_| reader.invalid(0))?;
         let rule = reader.u8()?;
         let rule = Rule::from_byte(rule).ok_or_else(|| reader.invalid(u64::from(rule)))?;
         let created = HybridTime::from_bits(reader.fixed64()?);
+        let hold_ms = if is_held { Some(reader.varint()?) } else { None };
         reader.finish()?;
-        Ok(Self { id, name, rule, created })
+        Ok(Self { id, name, rule, created, hold_ms })
     }
 }
 
@@ -108,12 +127,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn namespace_reads_back(id in any::<u32>(), name in "[a-z][a-z0-9_-]{0,20}", created in any::<u64>()) {
+        fn namespace_reads_back(id in any::<u32>(), name in "[a-z][a-z0-9_-]{0,20}", created in any::<u64>(), hold_ms in any::<Option<u64>>()) {
             let namespace = Namespace {
                 id: NamespaceId(id),
                 name,
                 rule: Rule::Siblings,
                 created: HybridTime::from_bits(created),
+                hold_ms,
             };
             prop_assert_eq!(Namespace::from_bytes(namespace.to_bytes()), Ok(namespace));
         }

@@ -93,8 +93,12 @@ mod tests {
         let dot = Dot { actor: actor(region), seq };
         let sibling =
             Sibling { dot, time: HybridTime::ZERO, request: None, content: Content::Tombstone };
-        let delta =
-            Delta { key: "k".into(), sibling, supersedes: Vec::new(), pushed_out: Vec::new() };
+        let delta = Delta {
+            key: "k".into(),
+            sibling,
+            supersedes: Vec::new(),
+            pushed_out: crate::record::PushedOut::default(),
+        };
         let depends_on = depends_on.iter().map(|&(region, seq)| (actor(region), seq)).collect();
         let ahead_by = VersionVector::new();
         Change {

@@ -283,9 +283,25 @@ pub struct Delta {
     /// Exactly the siblings that the write replaces. Never a range: what the writer had not seen
     /// stays.
     pub supersedes: Vec<Dot>,
-    /// Siblings that the writer did not replace, but that had to go because there were too many. They
-    /// are lost values, and enter the ledger wherever they were held.
-    pub pushed_out: Vec<Dot>,
+    /// Siblings that go although the writer did not replace them.
+    pub pushed_out: PushedOut,
+}
+
+/// Siblings that a write takes away without having replaced them: lost values, which enter the ledger
+/// wherever they were held.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PushedOut {
+    /// Which.
+    pub dots: Vec<Dot>,
+    /// Why, if there are any.
+    pub cause: Cause,
+}
+
+impl Default for PushedOut {
+    /// None.
+    fn default() -> Self {
+        Self { dots: Vec::new(), cause: Cause::Bound }
+    }
 }
 
 /// A concurrent content that was dropped, and the one that it lost to.
@@ -397,7 +413,8 @@ impl Record {
         }
         self.context.add(incoming.dot);
         self.siblings.retain(|held| !delta.supersedes.contains(&held.dot));
-        let pushed_out = self.take_out(|held| delta.pushed_out.contains(&held.dot));
+        let PushedOut { dots, cause } = &delta.pushed_out;
+        let pushed_out = self.take_out(|held| dots.contains(&held.dot));
         let is_over = |held: &Sibling| seen.covers(held.dot) && outlives(incoming, held);
         let outlived = self.take_out(is_over);
         let at = self.siblings.partition_point(|held| held.dot < incoming.dot);
@@ -405,9 +422,7 @@ impl Record {
         let (winner, winner_time) = (incoming.dot, incoming.time);
         let lost =
             |cause: Cause| move |loser: Sibling| Dropped { loser, winner, winner_time, cause };
-        // An element of a typed value is replaced unseen where the rule shows another.
-        let unseen = if rule.is_typed() { Cause::Rule } else { Cause::Bound };
-        let pushed_out = pushed_out.into_iter().map(lost(unseen));
+        let pushed_out = pushed_out.into_iter().map(lost(*cause));
         // A reset that is over has done what it was for.
         let outlived = outlived
             .into_iter()

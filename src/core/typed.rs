@@ -38,7 +38,8 @@ use crate::{
     execute::{Replaced, ShardState, Writing},
     hlc::HybridTime,
     id::Dot,
-    record::{Content, Count, Delta, Record, Rule, Sibling},
+    ledger::Cause,
+    record::{Content, Count, Delta, PushedOut, Record, Rule, Sibling},
     vector::VersionVector,
 };
 
@@ -212,7 +213,7 @@ pub(crate) fn mutate<S: ShardState>(
 fn replaced(record: &Record, kind: Kind, context: Option<&VersionVector>) -> Replaced {
     let all = record.superseded_by(context);
     if kind != Kind::Register {
-        return Replaced { supersedes: all, pushed_out: Vec::new() };
+        return Replaced { supersedes: all, pushed_out: PushedOut::default() };
     }
     let shown = latest_of(record).map(|(held, _)| held);
     let held = |dot: &Dot| record.siblings().iter().find(|held| held.dot == *dot);
@@ -220,8 +221,8 @@ fn replaced(record: &Record, kind: Kind, context: Option<&VersionVector>) -> Rep
         let (Some(shown), Some(held)) = (shown, held(dot)) else { return false };
         held.dot != shown.dot && !held.is_twin_of(shown)
     };
-    let (pushed_out, supersedes) = all.into_iter().partition(is_hidden);
-    Replaced { supersedes, pushed_out }
+    let (dots, supersedes) = all.into_iter().partition(is_hidden);
+    Replaced { supersedes, pushed_out: PushedOut { dots, cause: Cause::Rule } }
 }
 
 impl Mutation {
@@ -424,7 +425,7 @@ fn clear<S: ShardState>(
             }
             (_, Some(kind)) => replaced(&record, kind, context.as_ref()),
         };
-        if !(replaced.supersedes.is_empty() && replaced.pushed_out.is_empty()) {
+        if !(replaced.supersedes.is_empty() && replaced.pushed_out.dots.is_empty()) {
             done = Some(writing.write(record, key, content, replaced, time));
         }
     }

@@ -31,6 +31,8 @@ pub enum CatalogChange {
         name: String,
         /// Its rule.
         rule: Rule,
+        /// How long values wait to be settled, in milliseconds.
+        hold_ms: Option<u64>,
     },
     /// Delete a namespace.
     Delete {
@@ -249,7 +251,7 @@ impl LinkService for LinkServer {
                 let rule = rule.ok_or_else(|| {
                     Status::unimplemented(format!("rule number {} is not served", create.rule))
                 })?;
-                CatalogChange::Create { name: create.name, rule }
+                CatalogChange::Create { name: create.name, rule, hold_ms: create.hold_ms }
             }
             Some(pb::change_catalog_request::Change::Delete(delete)) => {
                 CatalogChange::Delete { name: delete.name, etag: delete.etag }

@@ -13,19 +13,14 @@
 //!   while it does stand, because it may be the only one with the whole log; then it brings the others
 //!   up to date and hands over, without having stamped anything.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use futures::future::join_all;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tombolo_cluster::Node;
-use tombolo_core::{NodeId, ShardId, clock_guard::Standing};
+use tombolo_core::{NodeId, clock_guard::Standing};
 use tombolo_proto::internal::v1::{self as internal, node_service_client::NodeServiceClient};
-use tombolo_shard::{Clock, Shard};
+use tombolo_shard::Clock;
 use tonic::Status;
 
 use crate::gateway::Gateway;
@@ -43,18 +38,16 @@ const LEADERLESS_MAX: Duration = Duration::from_secs(5);
 /// Compares this node's clock with the others', for as long as the node runs.
 pub struct ClockWatch {
     gateway: Arc<Gateway>,
-    /// Since when shards have no leader, as far as this node knows.
-    leaderless: BTreeMap<ShardId, Instant>,
 }
 
 impl ClockWatch {
     /// A watch over the clock that the gateway's shards share.
     pub fn new(gateway: Arc<Gateway>) -> Self {
-        Self { gateway, leaderless: BTreeMap::new() }
+        Self { gateway }
     }
 
     /// Asks and acts until `shutdown` fires.
-    pub async fn run(mut self, shutdown: CancellationToken) {
+    pub async fn run(self, shutdown: CancellationToken) {
         let mut standing = self.clock().standing();
         loop {
             standing.borrow_and_update();
@@ -110,13 +103,13 @@ impl ClockWatch {
     }
 
     /// Gives away what this node leads, and stays out of elections.
-    async fn step_down(&mut self) {
+    async fn step_down(&self) {
         let nodes = self.clock().nodes().into_iter();
         let inside: BTreeSet<NodeId> =
             nodes.filter(|it| it.standing == Standing::Inside).map(|it| it.node).collect();
-        let shards = self.gateway.shards().clone();
+        let shards = self.gateway.shards();
         for shard in shards.iter() {
-            shard.group().withhold(self.has_leader(shard));
+            shard.group().withhold(shard.group().heard_leader_within(LEADERLESS_MAX));
         }
         if inside.is_empty() {
             // All of them disagree: none would be a better leader.
@@ -130,17 +123,7 @@ impl ClockWatch {
         }
     }
 
-    /// Whether a shard has a leader, or had one a moment ago.
-    fn has_leader(&mut self, shard: &Shard) -> bool {
-        if shard.leader().is_some() {
-            self.leaderless.remove(&shard.id());
-            return true;
-        }
-        self.leaderless.entry(shard.id()).or_insert_with(Instant::now).elapsed() < LEADERLESS_MAX
-    }
-
-    fn stand_again(&mut self) {
-        self.leaderless.clear();
+    fn stand_again(&self) {
         for shard in self.gateway.shards().iter() {
             shard.group().withhold(false);
         }

@@ -2,7 +2,7 @@
 //!
 //! Every node has a replica of every shard, so the contacted node lists and shows from its own data,
 //! after it asked each shard's leader how far that is. A leader that does not answer within
-//! [`PATIENCE`] holds nothing up: an incident is when people look here. The reply names its shard.
+//! `PATIENCE` holds nothing up: an incident is when people look here. The reply names its shard.
 //!
 //! Invariants:
 //! * A settlement is an ordinary write with the context of what its caller was shown, under the check
@@ -438,6 +438,7 @@ fn encode_cause(cause: Cause) -> pb::ConflictCause {
     match cause {
         Cause::Rule => pb::ConflictCause::Rule,
         Cause::Bound => pb::ConflictCause::Bound,
+        Cause::Deadline => pb::ConflictCause::Deadline,
     }
 }
 
@@ -724,7 +725,14 @@ impl ConflictService for ConflictApi {
             // Settled a moment ago, or all but one have expired.
             if versions.len() > 1 {
                 let since_time = Some(timestamp(since));
-                conflicts.push(pb::OpenConflict { key, versions, context, since_time });
+                let settle_time = namespace.settles_at(since).map(timestamp);
+                conflicts.push(pb::OpenConflict {
+                    key,
+                    versions,
+                    context,
+                    since_time,
+                    settle_time,
+                });
             }
         }
         let next = page

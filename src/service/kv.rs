@@ -1,12 +1,12 @@
 //! `KvService`: decode, check, delegate, encode.
 
-use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
+use std::{cmp::Reverse, collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::{Stream, future::try_join_all};
 use tokio::{sync::Semaphore, time::Instant};
 use tombolo_core::{
-    Content, Dot, RequestId, Rule, ShardId, VersionVector,
+    Content, Dot, Record, RequestId, Rule, ShardId, VersionVector,
     command::{Check, Operation, Written},
     key::{BATCH_OPERATIONS_MAX, check_key},
     namespace::Namespace,
@@ -449,6 +449,23 @@ struct TypedRead {
     seen: VersionVector,
 }
 
+/// Until when several versions wait to be settled, with the one first that will be taken then.
+fn provisional(
+    namespace: &Namespace,
+    record: Option<&Record>,
+    versions: &mut [pb::Version],
+) -> Option<prost_types::Timestamp> {
+    if versions.len() < 2 {
+        return None;
+    }
+    let settles = namespace.settles_at(record?.latest_time())?;
+    versions.sort_by_key(|version| {
+        let dot = version.dot.unwrap_or_default();
+        Reverse((version.hybrid_time, dot.region, dot.incarnation, dot.seq))
+    });
+    Some(timestamp(settles))
+}
+
 fn batch_too_large(what: &str, count: usize) -> Status {
     Reason::BatchTooLarge.status(
         format!("{count} {what}; at most {BATCH_OPERATIONS_MAX} are allowed"),
@@ -548,12 +565,15 @@ impl KvService for KvApi {
                 session_token: self.token(session, &namespace, shard.id(), &seen),
                 revision: Some(encode_revision(revision)),
                 next_element_token: page.next,
+                settle_time: None,
             }));
         }
         Asked::check_untyped(namespace.rule, &message)?;
         let record =
             shard.record(namespace.id, &message.key).map_err(|error| self.gateway.status(error))?;
-        let (versions, context) = scope.versions(&message.key, record.as_ref(), message.keys_only);
+        let (mut versions, context) =
+            scope.versions(&message.key, record.as_ref(), message.keys_only);
+        let settle_time = provisional(&namespace, record.as_ref(), &mut versions);
         let seen = record.map(|record| record.context().clone()).unwrap_or_default();
         Ok(Response::new(pb::GetResponse {
             versions,
@@ -561,6 +581,7 @@ impl KvService for KvApi {
             session_token: self.token(session, &namespace, shard.id(), &seen),
             revision: Some(encode_revision(revision)),
             next_element_token: Bytes::new(),
+            settle_time,
         }))
     }
 

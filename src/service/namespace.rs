@@ -40,6 +40,9 @@ pub struct CatalogWriter {
 const REMOTE_CHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Names that output uses for the system's own data.
 const RESERVED_NAMES: [&str; 2] = ["catalog", "system"];
+/// Bounds on how long values may wait to be settled.
+const HOLD_MIN: Duration = Duration::from_secs(1);
+const HOLD_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// Creations that may collide before one gives up.
 const CREATE_ATTEMPTS: usize = 32;
 
@@ -60,7 +63,9 @@ impl CatalogWriter {
         let shard = self.gateway.shards().catalog_shard();
         let local = || async {
             match &change {
-                CatalogChange::Create { name, rule } => self.create(name, *rule, call).await,
+                CatalogChange::Create { name, rule, hold_ms } => {
+                    self.create(name, *rule, *hold_ms, call).await
+                }
                 CatalogChange::Delete { name, etag } => self.delete(name, etag, call).await,
             }
         };
@@ -69,9 +74,13 @@ impl CatalogWriter {
             async move {
                 let mut client = NamespaceServiceClient::new(channel);
                 match change {
-                    CatalogChange::Create { name, rule } => {
-                        let namespace =
-                            pb::Namespace { name, rule: encode_rule(rule), ..Default::default() };
+                    CatalogChange::Create { name, rule, hold_ms } => {
+                        let namespace = pb::Namespace {
+                            name,
+                            rule: encode_rule(rule),
+                            hold: encode_hold(hold_ms),
+                            ..Default::default()
+                        };
                         let message = pb::CreateNamespaceRequest {
                             namespace: Some(namespace),
                             validate_only: false,
@@ -92,7 +101,13 @@ impl CatalogWriter {
     }
 
     /// Creates a namespace under the next free number, in one commit.
-    async fn create(&self, name: &str, rule: Rule, call: Call) -> Result<Namespace, Status> {
+    async fn create(
+        &self,
+        name: &str,
+        rule: Rule,
+        hold_ms: Option<u64>,
+        call: Call,
+    ) -> Result<Namespace, Status> {
         let next_key = Bytes::from_static(NEXT_ID_KEY);
         for _ in 0..CREATE_ATTEMPTS {
             let counter = self.read(NEXT_ID_KEY, call).await?;
@@ -103,7 +118,7 @@ impl CatalogWriter {
                 }
             };
             let created = self.gateway.shards().clock().now();
-            let namespace = Namespace { id, name: name.to_owned(), rule, created };
+            let namespace = Namespace { id, name: name.to_owned(), rule, created, hold_ms };
             let key = Namespace::catalog_key(name);
             let checks = vec![
                 Check { key: key.clone(), condition: Condition::Absent },
@@ -225,11 +240,12 @@ impl NamespaceApi {
             Reason::Internal.status("the catalog's home region is not in the topology", &[])
         })?;
         let change = match change {
-            CatalogChange::Create { name, rule } => {
+            CatalogChange::Create { name, rule, hold_ms } => {
                 let rule = i32::from(rule.to_byte());
                 internal::change_catalog_request::Change::Create(internal::CreateNamespace {
                     name,
                     rule,
+                    hold_ms,
                 })
             }
             CatalogChange::Delete { name, etag } => {
@@ -305,6 +321,7 @@ impl NamespaceApi {
             rule: encode_rule(namespace.rule),
             create_time: Some(timestamp(namespace.created)),
             etag: dot.map(|dot| dot.to_string()).unwrap_or_default(),
+            hold: encode_hold(namespace.hold_ms),
         })
     }
 }
@@ -320,6 +337,7 @@ impl NamespaceService for NamespaceApi {
         let asked = message.namespace.unwrap_or_default();
         check_name(&asked.name)?;
         let rule = decode_rule(asked.rule)?;
+        let hold_ms = decode_hold(asked.hold, rule)?;
         if message.validate_only {
             self.gateway.refresh_catalog(call.deadline).await?;
             if self.gateway.shards().catalog().current().named(&asked.name).is_some() {
@@ -329,7 +347,7 @@ impl NamespaceService for NamespaceApi {
             let namespace = pb::Namespace { rule: encode_rule(rule), ..asked };
             return Ok(Response::new(pb::CreateNamespaceResponse { namespace: Some(namespace) }));
         }
-        let change = CatalogChange::Create { name: asked.name, rule };
+        let change = CatalogChange::Create { name: asked.name, rule, hold_ms };
         let created = self.change(change, call).await?;
         self.wait_visible(call.deadline, |held| held.with_id(created.id).is_some()).await?;
         let namespace = Some(self.encode(&created).await?);
@@ -481,6 +499,25 @@ pub(crate) fn encode_rule(rule: Rule) -> i32 {
     }
 }
 
+fn encode_hold(hold_ms: Option<u64>) -> Option<prost_types::Duration> {
+    Duration::from_millis(hold_ms?).try_into().ok()
+}
+
+/// How long values wait to be settled, in milliseconds.
+fn decode_hold(hold: Option<prost_types::Duration>, rule: Rule) -> Result<Option<u64>, Status> {
+    let Some(hold) = hold else { return Ok(None) };
+    let invalid = |text: String| Reason::NamespaceInvalid.status(text, &[]);
+    if rule != Rule::Siblings {
+        let text = format!("a hold needs the rule siblings; {} settles at once", rule.name());
+        return Err(invalid(text));
+    }
+    let hold = Duration::try_from(hold).map_err(|_| invalid("the hold is negative".to_owned()))?;
+    if !(HOLD_MIN..=HOLD_MAX).contains(&hold) {
+        return Err(invalid(format!("the hold must be from {HOLD_MIN:?} to ten years")));
+    }
+    Ok(u64::try_from(hold.as_millis()).ok())
+}
+
 fn decode_rule(rule: i32) -> Result<Rule, Status> {
     match pb::Rule::try_from(rule) {
         Ok(pb::Rule::Unspecified | pb::Rule::Lww) => Ok(Rule::Lww),
@@ -507,10 +544,12 @@ fn decode_namespace(namespace: Option<pb::Namespace>) -> Result<Namespace, Statu
         .ok()
         .and_then(|ms| tombolo_core::HybridTime::new(ms, 0))
         .unwrap_or(tombolo_core::HybridTime::ZERO);
+    let rule = decode_rule(namespace.rule)?;
     Ok(Namespace {
         id: NamespaceId(namespace.id),
         name: namespace.name,
-        rule: decode_rule(namespace.rule)?,
+        rule,
         created,
+        hold_ms: decode_hold(namespace.hold, rule)?,
     })
 }

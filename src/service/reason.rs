@@ -229,7 +229,7 @@ reasons! {
         "This node's replica of the shard has stopped after a fault."
         "Use another node of the region; the operator finds the cause in this node's log."
     ClockOutOfBounds "CLOCK_OUT_OF_BOUNDS" Unavailable Anywhere 250
-        "The leader's clock differs from most of its region's by more than `clock.max_offset`, or was not compared yet; it stamps nothing and hands over."
+        "The leader's clock differs from most of its region's by more than `clock.max_offset`, or is not known to agree yet; it stamps nothing and hands over."
         "Repeat after the time in RetryInfo. Correct the clock (NTP) of the node named in metadata `node_id`."
     OutcomeUnknown "OUTCOME_UNKNOWN" Unavailable SameRequestId 100
         "The write was accepted for replication, then its fate was lost; it may or may not stand."

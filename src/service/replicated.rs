@@ -194,16 +194,16 @@ pub(crate) fn pending(
     reason.status(message, &metadata)
 }
 
-/// What another node's error says of who has it. Its other errors stay errors; one that came from
-/// nowhere means that the leader is to be looked for again.
+/// What another node's error says of who has it. Its other errors stay errors; one of a node that is
+/// gone, or was never reached, means that the leader is to be looked for again.
 fn coverage_of(topology: &Topology, status: Status) -> Result<Coverage, Status> {
     match Reason::of(&status) {
         Some(Reason::ReplicationPending) => {}
-        Some(_) => return Err(status),
-        None => {
+        None | Some(Reason::ReplicaFailed) => {
             let text = format!("the leader's node did not answer: {}", status.message());
             return Err(Reason::NoLeader.status(text, &[]));
         }
+        Some(_) => return Err(status),
     }
     let metadata = status.get_details_error_info().map(|info| info.metadata).unwrap_or_default();
     let id = |name: &str| topology.region_named(name).map(|region| region.id);
@@ -260,8 +260,11 @@ mod tests {
         }
         let refused = coverage_of(&topology, Reason::Draining.status("bye", &[])).unwrap_err();
         assert_eq!(Reason::of(&refused), Some(Reason::Draining));
-        let lost = coverage_of(&topology, Status::unavailable("broken pipe")).unwrap_err();
-        assert_eq!(Reason::of(&lost), Some(Reason::NoLeader));
+        let gone = Reason::ReplicaFailed.status("it stops", &[]);
+        for lost in [gone, Status::unavailable("broken pipe")] {
+            let lost = coverage_of(&topology, lost).unwrap_err();
+            assert_eq!(Reason::of(&lost), Some(Reason::NoLeader));
+        }
     }
 
     #[test]

@@ -125,7 +125,7 @@ pub enum RegionNews {
 /// This node's clock may not stamp.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockRefused {
-    /// Outside, or not compared yet.
+    /// Outside, or not known yet.
     pub standing: Standing,
     /// How far the clock is ahead of most of its region's, in milliseconds.
     pub offset_ms: i64,
@@ -437,6 +437,15 @@ mod tests {
             let after = clock.stamp().unwrap();
             assert!(before < after && is_near(after, machine_ms()));
         }
+    }
+
+    #[test]
+    fn a_jump_while_only_one_other_clock_is_known_stops_stamping_too() {
+        let clock = Clock::new(NodeId(1), 3, BOUND);
+        clock.compare(NodeId(2), clock.steady_us(), clock.steady_us(), machine_ms() * 1000);
+        assert!(clock.stamp().is_ok());
+        clock.injected_ms.store(-HOURS_MS, Ordering::Relaxed);
+        assert_eq!(clock.stamp().unwrap_err().standing, Standing::Unheard, "the third decides");
     }
 
     #[test]

@@ -68,6 +68,8 @@ const TOMBSTONES_PER_COMMAND: usize = 256;
 const VALUES_PER_COMMAND: usize = 128;
 /// Entries of the ledger forgotten by one command: each is looked at by every replica.
 const CONFLICTS_PER_COMMAND: usize = 1024;
+/// Keys settled by one command: each is written anew with a value.
+const KEYS_PER_SETTLEMENT: usize = 16;
 /// Commands of one look at one shard, so that no shard starves the others.
 const COMMANDS_PER_LOOK: usize = 32;
 /// How long one proposal may take.
@@ -171,7 +173,7 @@ impl Collector {
         }
     }
 
-    /// Tries all five, whatever becomes of the others, and answers the first error.
+    /// Tries all six, whatever becomes of the others, and answers the first error.
     async fn collect(
         &mut self,
         shard: &Shard,
@@ -187,7 +189,34 @@ impl Collector {
         }
         let collected = self.collect_tombstones(shard).await;
         let expired = self.expire_values(shard).await;
-        trimmed.and(collected).and(forgotten).and(expired)
+        let settled = self.settle_overdue(shard).await;
+        trimmed.and(collected).and(forgotten).and(expired).and(settled)
+    }
+
+    /// Settles keys that nobody has settled in time: one region does it for all.
+    async fn settle_overdue(&self, shard: &Shard) -> Result<(), ShardError> {
+        if !is_first(shard) {
+            return Ok(());
+        }
+        for namespace in self.shards.catalog().current().iter().filter(|it| it.hold_ms.is_some()) {
+            for _ in 0..COMMANDS_PER_LOOK {
+                let (store, id, now) = (shard.store().clone(), namespace.id, shard.clock().now());
+                let search = move || store.open_keys(id, None, KEYS_PER_SETTLEMENT);
+                let open = blocking(search).await?;
+                let is_over = |since| namespace.settles_at(since).is_some_and(|at| at <= now);
+                // The longest open come first.
+                let overdue: Vec<(Bytes, HybridTime)> = open
+                    .into_iter()
+                    .take_while(|(since, _)| is_over(*since))
+                    .map(|(since, key)| (key, since))
+                    .collect();
+                if overdue.is_empty() {
+                    break;
+                }
+                shard.settle(namespace, overdue, Instant::now() + PROPOSAL_TIMEOUT).await?;
+            }
+        }
+        Ok(())
     }
 
     async fn expire_values(&self, shard: &Shard) -> Result<(), ShardError> {
@@ -322,11 +351,18 @@ fn expires_for(shard: &Shard) -> Vec<RegionId> {
     let (topology, members) = (shard.topology(), shard.store().members());
     let is_out = |region: RegionId| members.get(region).state.is_out();
     let regions = topology.regions();
-    let first = regions.iter().map(|region| region.id).find(|&region| !is_out(region));
-    let is_first = first == Some(topology.region);
+    let is_first = is_first(shard);
     let others =
         regions.iter().map(|region| region.id).filter(|&region| is_first && is_out(region));
     std::iter::once(topology.region).chain(others).collect()
+}
+
+/// Whether this region is the first of those that are not shut out.
+fn is_first(shard: &Shard) -> bool {
+    let (topology, members) = (shard.topology(), shard.store().members());
+    let regions = topology.regions();
+    let mut all = regions.iter().map(|region| region.id);
+    all.find(|&region| !members.get(region).state.is_out()) == Some(topology.region)
 }
 
 async fn expire_values_of(

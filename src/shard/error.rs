@@ -133,7 +133,7 @@ pub enum ShardError {
 fn describe_clock(refused: &ClockRefused) -> String {
     match (refused.standing, refused.offset_ms) {
         (Standing::Unheard, _) => {
-            "was not compared with those of a majority of the region's nodes yet".to_owned()
+            "is not known to agree with those of a majority of the region's nodes yet".to_owned()
         }
         (_, ..0) => format!("is {} ms behind those of most of its region", -refused.offset_ms),
         (_, ahead_ms) => format!("is {ahead_ms} ms ahead of those of most of its region"),

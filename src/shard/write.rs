@@ -10,7 +10,7 @@ use tombolo_core::{
     clock_guard::Standing,
     command::{
         Advance, Check, Collect, Expire, FailedCheck, ForgetConflicts, ForgetReviewed, Ingest,
-        Ingested, LinkSetting, Merge, Merged, Operation, StartOver, Trim, Write, Written,
+        Ingested, LinkSetting, Merge, Merged, Operation, Settle, StartOver, Trim, Write, Written,
     },
     hlc::ClockAhead,
     ledger::Noted,
@@ -271,6 +271,24 @@ impl Shard {
             values,
         };
         self.propose(&Command::Expire(expire), deadline).await.map(|_| ())
+    }
+
+    /// Takes the latest value of keys that nobody has settled in time, each with the time of that value.
+    pub(crate) async fn settle(
+        &self,
+        namespace: &Namespace,
+        keys: Vec<(Bytes, HybridTime)>,
+        deadline: Instant,
+    ) -> Result<(), ShardError> {
+        self.wait_heard(deadline).await;
+        let settle = Settle {
+            namespace: namespace.id,
+            rule: namespace.rule,
+            actor: self.actor(),
+            time: self.stamp(deadline).await?,
+            keys,
+        };
+        self.propose(&Command::Settle(settle), deadline).await.map(|_| ())
     }
 
     /// Changes how this region pulls from `peer`. Kept by the catalog's shard, of which every node

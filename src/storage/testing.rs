@@ -16,7 +16,7 @@ use tombolo_core::{
     Rule, ShardId, ShardState, VersionVector,
     command::{
         Check, Collect, Condition, Expire, ForgetConflicts, ForgetReviewed, Ingest, LinkSetting,
-        Operation, Remembered, StartOver, Trim, Write,
+        Operation, Remembered, Settle, StartOver, Trim, Write,
     },
     encode_batch, execute,
     ledger::{LedgerEntry, LedgerHead},
@@ -299,6 +299,8 @@ pub(crate) enum Event {
     Forget(Vec<(u8, u8)>),
     /// An entry of the ledger is forgotten, or one that was noted at another time.
     ForgetConflict { place: prop::sample::Index, is_another: bool },
+    /// Keys with several siblings are settled, as of their latest one or of one that is not it.
+    Settle { is_late: bool },
     /// Values of this region that have expired go.
     Expire { sibling: bool },
     /// A link is paused, or not.
@@ -340,6 +342,7 @@ pub(crate) fn events() -> impl Strategy<Value = Vec<Vec<Event>>> {
         1 => prop::collection::vec(request, 1..4).prop_map(Event::Forget),
         1 => (any::<prop::sample::Index>(), prop::bool::weighted(0.2))
             .prop_map(|(place, is_another)| Event::ForgetConflict { place, is_another }),
+        1 => prop::bool::weighted(0.2).prop_map(|is_late| Event::Settle { is_late }),
         1 => any::<bool>().prop_map(|sibling| Event::Expire { sibling }),
         1 => any::<bool>().prop_map(|paused| Event::SetLink { paused }),
         1 => prop::bool::weighted(0.5).prop_map(|known| Event::StartOver { known }),
@@ -466,6 +469,16 @@ impl World {
                 let incarnation = self.actor().incarnation;
                 let member = Member { incarnation, state: MemberState::Active };
                 Command::Learn([(LOCAL.region, member)].into_iter().collect())
+            }
+            Event::Settle { is_late } => {
+                let since = |record: &Record| {
+                    let latest = record.latest_time();
+                    if *is_late { latest.next() } else { latest }
+                };
+                let keys = self.local.held(SIBLINGS).map(|(key, it)| (key.clone(), since(it)));
+                let (namespace, time, actor) = (SIBLINGS, time(self.wall), self.actor());
+                let (rule, keys) = (rule(namespace), keys.collect());
+                Command::Settle(Settle { namespace, rule, actor, time, keys })
             }
             Event::ForgetConflict { place, is_another } => {
                 let entries: Vec<_> = self.local.ledger.iter().collect();

@@ -57,7 +57,7 @@ async fn a_node_jumps(offset_ms: i64) {
     let cluster = Cluster::start(&[("us", 3)], 4).await;
     let client = cluster.client("us").await;
     let keys = client.namespace("default");
-    keys.put("lives for an hour", "v").ttl(Duration::from_secs(3600)).await.unwrap();
+    keys.put("lives for an hour", "v").ttl(Duration::from_secs(3600)).await.expect("written");
     let led = leaders(&client).await;
     let bad = led[0];
     let (bad_member, others): (Vec<&Member>, Vec<&Member>) =
@@ -100,7 +100,7 @@ async fn a_node_jumps(offset_ms: i64) {
             consistency: Some(consistency.into()),
             ..Default::default()
         };
-        let got = from_bad.get(get).await.unwrap().into_inner();
+        let got = from_bad.get(get).await.expect("answered").into_inner();
         assert_eq!(got.versions.len(), 1, "hidden before it has expired: {consistency:?}");
     }
     let ttl = prost_types::Duration { seconds: 60, nanos: 0 };
@@ -111,7 +111,7 @@ async fn a_node_jumps(offset_ms: i64) {
         expiration: Some(proto::put_request::Expiration::Ttl(ttl)),
         ..Default::default()
     };
-    from_bad.put(put).await.unwrap();
+    from_bad.put(put).await.expect("written where the leader is");
 
     // Corrected, it counts again: with one of the others away, the region goes on.
     jump(bad_member, 0);
@@ -175,7 +175,7 @@ async fn where_all_clocks_differ_writes_are_refused_by_name_and_reads_go_on() {
 async fn a_region_jumps(offset_ms: i64) -> (Cluster, Client, Client) {
     let cluster = Cluster::start(&[("us", 1), ("eu", 3)], 2).await;
     let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
-    us.namespace("default").put("before", "v").ack_regions(1).await.unwrap();
+    us.namespace("default").put("before", "v").ack_regions(1).await.expect("replicated");
     for member in cluster.members.iter().filter(|it| it.config.region == "eu") {
         jump(member, offset_ms);
     }

@@ -240,6 +240,56 @@ async fn siblings_wait_in_a_queue_until_somebody_settles_what_they_have_seen() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_nobody_settles_in_time_is_settled_once_for_all_regions() {
+    let hold = Duration::from_secs(15);
+    let cluster = Cluster::start(&REGIONS, 1).await;
+    let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
+    let pair = [("us", &us), ("eu", &eu)];
+    // Asked for in the region that does not keep the catalog.
+    let created = eu.admin().create_held_namespace("carts", hold).await.unwrap();
+    assert_eq!(created.hold.map(|hold| hold.seconds), Some(15));
+    wait_until("us knows it", async || us.namespace("carts").get("k").await.is_ok()).await;
+    let namespace = us.admin().get_namespace("carts").await.unwrap();
+    assert_eq!(namespace.hold, created.hold);
+    write_apart(pair, "carts", &["a", "b"]).await;
+
+    // Until then reads show all, the one first that will be taken, and say when.
+    wait_until("both show that it waits", async || {
+        let mut waiting = true;
+        for (_, client) in pair {
+            let got = client.namespace("carts").get("a").await.unwrap();
+            waiting &= got.in_conflict() && got.settle_time.is_some();
+            waiting &= got.value().is_some_and(|value| value == "a of eu");
+        }
+        waiting
+    })
+    .await;
+    let open = us.conflicts("carts").list_open("b", 9).await.unwrap().rows;
+    assert!(open[0].settle_time.is_some());
+    us.conflicts("carts")
+        .resolve("b", &open[0].context, Resolution::Value("decided".into()))
+        .await
+        .unwrap();
+
+    wait_noted(pair, "carts", 1).await;
+    assert_eq!(ids(&us, "carts").await, ids(&eu, "carts").await);
+    let row = &list(&eu, "carts").await[0];
+    assert_eq!(row.cause(), proto::ConflictCause::Deadline);
+    assert_eq!((&row.key[..], origin(row.loser.as_ref())), (&b"a"[..], "us"));
+    assert_eq!(origin(row.winner.as_ref()), "us", "the first region settles for all");
+    for (_, client) in pair {
+        assert_eq!(value(client, "carts", "a").await, "a of eu");
+        assert_eq!(client.namespace("carts").get("a").await.unwrap().settle_time, None);
+        assert_eq!(value(client, "carts", "b").await, "decided");
+        assert!(client.conflicts("carts").list_open("", 9).await.unwrap().rows.is_empty());
+    }
+
+    let short = us.admin().create_held_namespace("short", Duration::from_millis(1)).await;
+    assert_eq!(short.unwrap_err().reason(), Some("NAMESPACE_INVALID"));
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_exceeds_the_bound_on_siblings_is_in_the_ledger_of_every_region() {
     const WRITES: usize = 21;
     let cluster = Cluster::start(&[("us", 1), ("eu", 1), ("ap", 1)], 1).await;

@@ -280,7 +280,7 @@ fn seed() -> u64 {
     let given = std::env::var("TOMBOLO_SEED").ok().and_then(|text| text.parse().ok());
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let seed = given.unwrap_or_else(|| u64::from(now.subsec_nanos()) + now.as_secs());
-    println!("TOMBOLO_SEED={seed}");
+    eprintln!("TOMBOLO_SEED={seed}");
     seed
 }
 
@@ -308,7 +308,7 @@ async fn make_trouble(cluster: &Cluster, network: &Network, run: &Run, mut choic
         at += run.steps / 400 + 1;
         until(at).await;
         network.heal();
-        at += run.steps / 40;
+        at += run.steps / 20;
         until(at).await;
     }
     network.heal();
@@ -330,7 +330,7 @@ async fn play(with_tokens: bool, steps: u64) -> Arc<Run> {
     while let Some(ended) = sessions.join_next().await {
         ended.expect("no session panics");
     }
-    println!("{}", run.counts);
+    eprintln!("{}", run.counts);
     cluster.stop().await;
     network.close().await;
     run

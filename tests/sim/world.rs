@@ -610,7 +610,8 @@ impl World {
             Command::ForgetRequests(_)
             | Command::SetLink(..)
             | Command::ForgetReviewed(_)
-            | Command::ForgetConflicts(_) => "another".to_owned(),
+            | Command::ForgetConflicts(_)
+            | Command::Settle(_) => "another".to_owned(),
         };
         if self.trace.is_some() {
             let id = self.regions[at].id;

@@ -675,10 +675,10 @@ async fn conflicts_are_listed_shown_and_counted() {
     assert_eq!(partial.exit, Exit::Ok);
     assert_snapshot!(partial.err, @"incomplete: no answer from shard 3");
     assert_snapshot!(line("ctl conflict list --open").on_tty().at(&region).await.text(), @"
-    KEY     VALUES  OF     LATEST
-    cart-7  2       eu,us  2023-11-14T22:13:25.000Z
+    KEY     VALUES  OF     LATEST                    SETTLES
+    cart-7  2       eu,us  2023-11-14T22:13:25.000Z  2023-11-21T22:13:25.000Z
     ");
-    assert_snapshot!(line("ctl conflict list --open").at(&region).await.text(), @r#"{"key":"cart-7","versions":[{"dot":{"region":1,"incarnation":1,"seq":"4"},"originRegion":"us","writeTime":"2023-11-14T22:13:24.000Z","hybridTime":"111411200262144000"},{"dot":{"region":2,"incarnation":1,"seq":"5"},"originRegion":"eu","writeTime":"2023-11-14T22:13:25.000Z","hybridTime":"111411200327680000"}],"context":"c2hvd24=","sinceTime":"2023-11-14T22:13:25.000Z"}"#);
+    assert_snapshot!(line("ctl conflict list --open").at(&region).await.text(), @r#"{"key":"cart-7","versions":[{"dot":{"region":1,"incarnation":1,"seq":"4"},"originRegion":"us","writeTime":"2023-11-14T22:13:24.000Z","hybridTime":"111411200262144000"},{"dot":{"region":2,"incarnation":1,"seq":"5"},"originRegion":"eu","writeTime":"2023-11-14T22:13:25.000Z","hybridTime":"111411200327680000"}],"context":"c2hvd24=","sinceTime":"2023-11-14T22:13:25.000Z","settleTime":"2023-11-21T22:13:25.000Z"}"#);
 
     let first = format!("{:032x}", 1);
     let show = || line("ctl conflict show").word(&first);
@@ -790,6 +790,10 @@ async fn conflicts_are_settled_with_what_was_shown_and_with_nothing_else() {
         assert_eq!(line(&resolve).at(&region).await.exit, Exit::Ok);
     }
     assert_eq!(region.calls("resolve").len(), 3);
+    let held = line("ctl namespace create held --rule siblings --hold 7d").at(&region).await.text();
+    assert!(held.contains(r#""hold":"604800s""#), "{held}");
+    let lww = line("ctl namespace create lww --hold 7d").at(&region).await;
+    assert_eq!(lww.exit, Exit::Usage, "{}", lww.err);
     let garbled = line("ctl conflict resolve k --context-token *** --delete").at(&region).await;
     assert_eq!(garbled.exit, Exit::Usage, "{}", garbled.err);
 

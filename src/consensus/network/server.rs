@@ -143,8 +143,11 @@ impl RaftService for Server {
         let from = self.accept(first.identity.as_ref())?;
         let member = self.group(first.group)?;
 
-        let faults = self.faults.clone();
-        let input = append_requests(first, requests, move || faults.is_cut(from));
+        let (faults, heard) = (self.faults.clone(), member.heard.clone());
+        let input = append_requests(first, requests, move || {
+            heard.note();
+            faults.is_cut(from)
+        });
         let faults = self.faults.clone();
         let answers = member.raft.stream_append(input).map(move |answer| {
             if faults.is_cut(from) {
@@ -169,6 +172,9 @@ impl RaftService for Server {
             let faults = faults.clone();
             let answer = async move {
                 faults.check(from)?;
+                if let Ok(member) = &member {
+                    member.heard.note();
+                }
                 let answer = tokio::time::timeout(HEARTBEAT_PATIENCE, heartbeat(member, request));
                 let answer =
                     answer.await.map_err(|_| Status::unavailable("no answer in time"))??;

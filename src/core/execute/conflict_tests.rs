@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    command::{Check, Condition, Operation},
+    command::{Check, Condition, Operation, Settle},
     ledger::{Cause, LedgerId},
     testing::{MemoryRepair, MemoryState},
 };
@@ -129,6 +129,96 @@ fn a_conflict_that_comes_to_light_late_is_noted_then() {
     let entry = eu.ledger.values().next().unwrap();
     assert_eq!((entry.loser.dot.actor, entry.noted), (actor(1), time(9000)));
     assert_eq!((entry.winner_time, entry.cause), (time(20), Cause::Rule));
+}
+
+#[test]
+fn where_nobody_settled_in_time_the_latest_stays_and_the_others_are_noted_everywhere() {
+    let (mut us, mut eu) = (MemoryState::default(), MemoryState::default());
+    put_blind(&mut us, 1, 10, "first".into());
+    put_blind(&mut eu, 2, 30, "latest".into());
+    put_blind(&mut us, 1, 20, "second".into());
+    pull(&mut us, &eu, 1, 40, Rule::Siblings);
+    let settle = |since| {
+        let (actor, time) = (actor(1), time(100));
+        let keys = vec![(Bytes::from_static(KEY), since), (Bytes::from_static(b"absent"), since)];
+        Command::Settle(Settle { namespace: NS, rule: Rule::Siblings, actor, time, keys })
+    };
+
+    // Of a deadline that was another value's.
+    let before = us.clone();
+    assert_eq!(run(&mut us, &settle(time(20))), Outcome::Done);
+    assert_eq!(us, before);
+
+    assert_eq!(run(&mut us, &settle(time(30))), Outcome::Done);
+    pull(&mut eu, &us, 2, 110, Rule::Siblings);
+    for state in [&us, &eu] {
+        let held = siblings(state);
+        assert_eq!(held.len(), 1);
+        assert_eq!((held[0].dot.actor, &held[0].content), (actor(1), &Content::value("latest")));
+    }
+    assert_eq!(noted(&us), noted(&eu));
+    let causes: Vec<_> = us.ledger.values().map(|entry| entry.cause).collect();
+    assert_eq!(causes, [Cause::Deadline, Cause::Deadline]);
+
+    let settled = us.clone();
+    run(&mut us, &settle(time(100)));
+    assert_eq!(us, settled, "one value waits for nothing");
+}
+
+#[test]
+fn each_key_that_is_settled_is_a_change_of_its_own() {
+    let mut us = MemoryState::default();
+    let keys = ["a", "b"].map(Bytes::from);
+    for (wall, key) in [(1, 0), (2, 0), (3, 1), (4, 1)] {
+        let nothing = Some(VersionVector::new());
+        let Command::Write(mut put) =
+            write(1, wall, Rule::Siblings, Content::value(wall.to_string()), nothing)
+        else {
+            panic!()
+        };
+        put.operations[0].key = keys[key].clone();
+        run(&mut us, &Command::Write(put));
+    }
+    let keys = keys.into_iter().zip([time(2), time(4)]).collect();
+    let (rule, time) = (Rule::Siblings, time(100));
+    run(&mut us, &Command::Settle(Settle { namespace: NS, rule, actor: actor(1), time, keys }));
+    let sizes: Vec<_> = us.changes.values().map(|change| change.deltas.len()).collect();
+    assert_eq!(sizes, [1; 6]);
+    assert_eq!(us.ledger.len(), 2);
+}
+
+#[test]
+fn a_value_whose_time_is_over_does_not_win_against_one_that_can_be_read() {
+    let mut us = MemoryState::default();
+    let nothing = || Some(VersionVector::new());
+    run(&mut us, &write(1, 10, Rule::Siblings, Content::value("stays"), nothing()));
+    let brief = Content::Value { data: Bytes::from_static(b"brief"), expire: Some(time(50)) };
+    run(&mut us, &write(1, 20, Rule::Siblings, brief, nothing()));
+    let keys = vec![(Bytes::from_static(KEY), time(20))];
+    let (rule, time) = (Rule::Siblings, time(100));
+    run(&mut us, &Command::Settle(Settle { namespace: NS, rule, actor: actor(1), time, keys }));
+    let held: Vec<_> = siblings(&us).into_iter().map(|held| held.content).collect();
+    assert_eq!(held, [Content::value("stays")]);
+}
+
+#[test]
+fn a_value_that_comes_while_a_key_is_settled_stays_beside_the_outcome() {
+    let (mut us, mut eu) = (MemoryState::default(), MemoryState::default());
+    put_blind(&mut us, 1, 10, "a".into());
+    put_blind(&mut us, 1, 20, "b".into());
+    pull(&mut eu, &us, 2, 30, Rule::Siblings);
+    put_blind(&mut eu, 2, 90, "late".into());
+    let keys = vec![(Bytes::from_static(KEY), time(20))];
+    let (rule, time) = (Rule::Siblings, time(100));
+    run(&mut us, &Command::Settle(Settle { namespace: NS, rule, actor: actor(1), time, keys }));
+    let (from_us, from_eu) = (us.clone(), eu.clone());
+    pull(&mut us, &from_eu, 1, 110, Rule::Siblings);
+    pull(&mut eu, &from_us, 2, 110, Rule::Siblings);
+    assert_eq!(siblings(&us), siblings(&eu));
+    let mut values: Vec<_> = siblings(&us).into_iter().map(|held| held.content).collect();
+    values.sort_by_key(|content| format!("{content:?}"));
+    assert_eq!(values, [Content::value("b"), Content::value("late")]);
+    assert_eq!(noted(&us), noted(&eu));
 }
 
 /// Two regions that noted the same conflict.

@@ -600,7 +600,7 @@ fn starting_over_drops_all_and_keeps_for_review_what_nobody_else_has() {
                 content: Content::value("t"),
             },
             supersedes: Vec::new(),
-            pushed_out: Vec::new(),
+            pushed_out: PushedOut::default(),
         }],
     };
     let (rule, local, source) = (Rule::Lww, actor(2), actor(1));

@@ -53,7 +53,7 @@ impl Replica {
             key: Bytes::from_static(b"k"),
             sibling: Sibling { dot, time, request, content },
             supersedes: self.record.superseded_by(context),
-            pushed_out: Vec::new(),
+            pushed_out: PushedOut::default(),
         };
         let deps = self.frontier.clone();
         self.take(delta, deps, rule);

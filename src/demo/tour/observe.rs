@@ -172,6 +172,7 @@ mod tests {
             token: Bytes::new(),
             revision: None,
             next_elements: Bytes::new(),
+            settle_time: None,
         }
     }
 

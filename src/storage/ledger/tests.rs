@@ -168,7 +168,7 @@ fn what_a_change_drops_is_noted_when_it_comes_not_when_it_was_written() {
         key: "k".into(),
         sibling,
         supersedes: Vec::new(),
-        pushed_out: Vec::new(),
+        pushed_out: tombolo_core::record::PushedOut::default(),
     };
     let change = Change {
         request: None,

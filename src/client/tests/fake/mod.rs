@@ -375,6 +375,7 @@ impl KvService for Node {
             revision: Some(v1::Revision { shard: 0, term: 1, index: seq.unwrap_or(0) }),
             versions,
             next_element_token: Bytes::new(),
+            settle_time: None,
         };
         finish(fault, reply).await
     }
@@ -733,6 +734,7 @@ impl ConflictService for Node {
             versions: vec![version(1, 4, None), version(2, 5, None)],
             context: Bytes::from_static(SHOWN),
             since_time: Some(prost_types::Timestamp { seconds: 1_700_000_005, nanos: 0 }),
+            settle_time: Some(prost_types::Timestamp { seconds: 1_700_604_805, nanos: 0 }),
         }];
         Ok(Response::new(v1::ListOpenConflictsResponse { conflicts, ..Default::default() }))
     }

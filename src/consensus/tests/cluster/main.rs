@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -312,6 +313,58 @@ async fn leadership_is_handed_over_without_an_election_timeout() {
     assert_eq!(kept, 0);
     assert!(cluster.node(old).consensus().groups().iter().all(|group| !group.metrics().is_leader));
     cluster.put("key", b"2").await;
+}
+
+#[tokio::test]
+async fn leadership_is_handed_over_to_none_but_those_named() {
+    let cluster = Cluster::start(unchanged).await;
+    let last = cluster.put("key", b"1").await.log_id.index;
+    cluster.converged(last).await;
+    let old = cluster.leader().await;
+    let group = cluster.node(old).group();
+
+    let nobody = BTreeSet::new();
+    assert!(!group.hand_over_to(&nobody, Duration::from_millis(600)).await);
+    assert_eq!(cluster.leader().await, old);
+    let named = if old == 3 { 1 } else { 3 };
+    let gone = group.hand_over_to(&BTreeSet::from([NodeId(named)]), Duration::from_secs(10)).await;
+
+    assert!(gone);
+    assert_eq!(cluster.leader().await, named);
+}
+
+#[tokio::test]
+async fn a_withheld_replica_stands_for_no_election_until_it_is_let_again() {
+    let mut cluster = Cluster::start(unchanged).await;
+    let last = cluster.put("key", b"1").await.log_id.index;
+    cluster.converged(last).await;
+    let first = cluster.leader().await;
+    let [held, other] = match first {
+        1 => [2, 3],
+        2 => [1, 3],
+        _ => [1, 2],
+    };
+    cluster.node(held).group().withhold(true);
+    cluster.kill(first).await;
+    assert_eq!(cluster.leader().await, other);
+
+    // Only replicas that are withheld are left: nobody leads, and they know it.
+    cluster.restart(first).await;
+    cluster.node(first).group().withhold(true);
+    let last = cluster.put("key", b"2").await.log_id.index;
+    cluster.converged(last).await;
+    cluster.kill(other).await;
+    let silence = Duration::from_secs(3);
+    let is_silent =
+        |node: &support::Node| (!node.group().heard_leader_within(silence)).then_some(());
+    for id in [first, held] {
+        cluster.node(id).until("it still hears a leader", is_silent).await;
+        assert!(!cluster.node(id).group().metrics().is_leader);
+    }
+
+    cluster.node(held).group().withhold(false);
+    assert_eq!(cluster.leader().await, held);
+    assert!(cluster.node(held).group().heard_leader_within(Duration::ZERO));
 }
 
 #[tokio::test]
