@@ -13,5 +13,5 @@ fn the_tour_verifies_every_step() {
     let shown = String::from_utf8_lossy(&ran.stdout);
     let errors = String::from_utf8_lossy(&ran.stderr);
     assert!(ran.status.success(), "{shown}\n{errors}");
-    assert!(shown.contains("all 11 steps verified"), "{shown}");
+    assert!(shown.contains("all 13 steps verified"), "{shown}");
 }

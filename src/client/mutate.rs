@@ -43,6 +43,7 @@ impl Operations {
     }
 
     /// Adds to a counter.
+    #[expect(clippy::should_implement_trait, reason = "it takes a number and no other mutation")]
     pub fn add(self, by: i64) -> Self {
         self.push(Action::CounterAdd(by))
     }

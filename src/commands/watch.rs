@@ -306,7 +306,7 @@ struct EventJson {
 #[serde(rename_all = "camelCase")]
 enum BodyJson {
     Change(Box<ChangeJson>),
-    SnapshotEntry(EntryJson),
+    SnapshotEntry(Box<EntryJson>),
     #[serde(rename_all = "camelCase")]
     SnapshotDone {
         shards_left: u32,
@@ -433,7 +433,8 @@ fn event_json(event: &WatchEvent, token: Option<&Bytes>, encoding: KeyEncoding) 
                 hybrid_time: it.time.0.to_string(),
             });
             let element = element.as_ref().map(element_json);
-            (*shard, BodyJson::SnapshotEntry(EntryJson { key, versions, deletion, element }))
+            let entry = EntryJson { key, versions, deletion, element };
+            (*shard, BodyJson::SnapshotEntry(Box::new(entry)))
         }
         WatchEvent::SnapshotDone { shard, shards_left } => {
             (*shard, BodyJson::SnapshotDone { shards_left: *shards_left })

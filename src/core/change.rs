@@ -227,8 +227,7 @@ pub(crate) mod tests {
                     let time = HybridTime::from_bits(time);
                     let tag = request.map(|request: Requested| request.tag(place));
                     let sibling = Sibling { dot, time, request: tag, content };
-                    let cause = if pushed_out.is_empty() { Cause::Bound } else { Cause::Deadline };
-                    let pushed_out = PushedOut { dots: pushed_out, cause };
+                    let pushed_out = PushedOut::of(pushed_out, Cause::Deadline);
                     Delta { key: key.into(), sibling, supersedes, pushed_out }
                 };
                 let deltas = deltas.into_iter().enumerate().map(delta).collect();

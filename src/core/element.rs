@@ -380,7 +380,10 @@ pub(crate) mod tests {
         assert_eq!(check_path(&vec![name; 17]), Err(ElementError::TooDeep { names: 17 }));
         assert_eq!(check_path(&[Bytes::new()]), Err(ElementError::EmptyName));
         let long = Bytes::from(vec![7; 4097]);
-        assert_eq!(check_path(&[long.clone()]), Err(ElementError::PathTooLong { bytes: 4097 }));
+        assert_eq!(
+            check_path(std::slice::from_ref(&long)),
+            Err(ElementError::PathTooLong { bytes: 4097 })
+        );
         assert_eq!(check_member(&long), Err(ElementError::MemberTooLong { bytes: 4097 }));
         assert_eq!(check_member(b""), Ok(()));
     }

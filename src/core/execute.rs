@@ -224,7 +224,7 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
         let record = writing.record(&operation.key)?;
         let supersedes = record.superseded_by(operation.context.as_ref());
         let dots = pushed_out(&record, &supersedes, &operation.content);
-        let pushed_out = PushedOut { dots, cause: Cause::Bound };
+        let pushed_out = PushedOut::of(dots, Cause::Bound);
         let replaced = Replaced { supersedes, pushed_out };
         let (key, content) = (operation.key.clone(), operation.content.clone());
         results.push(writing.add(record, key, content, replaced, write.time));
@@ -335,10 +335,14 @@ fn execute_settle<S: ShardState>(state: &mut S, settle: &Settle) -> Result<Outco
         let Some(kept) = live.or_else(|| record.siblings().iter().max_by_key(latest)) else {
             continue;
         };
-        let (kept, content) = (kept.dot, kept.content.clone());
-        let others = record.siblings().iter().map(|held| held.dot).filter(|dot| *dot != kept);
-        let pushed_out = PushedOut { dots: others.collect(), cause: Cause::Deadline };
-        let replaced = Replaced { supersedes: vec![kept], pushed_out };
+        let content = kept.content.clone();
+        // What several regions took of one request is one value, of which nothing is lost.
+        let is_kept = |held: &&Sibling| held.dot == kept.dot || held.is_twin_of(kept);
+        let (same, others): (Vec<&Sibling>, Vec<&Sibling>) =
+            record.siblings().iter().partition(is_kept);
+        let dots = |of: Vec<&Sibling>| of.into_iter().map(|held| held.dot).collect();
+        let pushed_out = PushedOut::of(dots(others), Cause::Deadline);
+        let replaced = Replaced { supersedes: dots(same), pushed_out };
         // A change of its own: it carries a value, and other regions apply changes whole.
         let frontier = state.frontier(settle.namespace);
         let mut writing = Writing::new(&*state, place, settle.actor, frontier);
@@ -575,8 +579,9 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
         if !added.is_empty() && gives_way(state, ingest.local, change)? {
             take_back(state, ingest, added)?;
             ingested.frontier = state.frontier(ingest.namespace);
-        }
-        if let Some(reused) = remember_change(state, change, &conflicts)? {
+            // From now on the request is that region's: nothing is taken back twice.
+            remember_heard(state, change, &conflicts);
+        } else if let Some(reused) = remember_change(state, change, &conflicts)? {
             ingested.reused.get_or_insert(reused);
         }
     }
@@ -633,6 +638,12 @@ fn remember_change<S: ShardState>(
         }
         // The checks did not hold here, but where they did the write stands.
     }
+    remember_heard(state, change, conflicts);
+    Ok(None)
+}
+
+/// Remembers as the answer of a change's request what its origin answered, whatever was remembered.
+fn remember_heard<S: ShardState>(state: &mut S, change: &Change, conflicts: &[bool]) {
     // What the origin had seen: of each key, what its record had, but for what a repair brought ahead.
     let mut context = change.seen().into_owned();
     let results = change.deltas.iter().zip(conflicts).map(|(delta, &conflict)| {
@@ -641,8 +652,7 @@ fn remember_change<S: ShardState>(
         Written { dot, time, context: context.clone(), conflict, sum: None }
     });
     let results: Vec<Written> = results.collect();
-    remember(state, Some(request), change.time(), &results, Vec::new());
-    Ok(None)
+    remember(state, change.request, change.time(), &results, Vec::new());
 }
 
 /// Whether the log holds a different change under the same dots.

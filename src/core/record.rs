@@ -297,6 +297,13 @@ pub struct PushedOut {
     pub cause: Cause,
 }
 
+impl PushedOut {
+    /// These, for that reason. Without any there is none, so that equal changes have equal bytes.
+    pub fn of(dots: Vec<Dot>, cause: Cause) -> Self {
+        if dots.is_empty() { Self::default() } else { Self { dots, cause } }
+    }
+}
+
 impl Default for PushedOut {
     /// None.
     fn default() -> Self {

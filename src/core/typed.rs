@@ -222,7 +222,7 @@ fn replaced(record: &Record, kind: Kind, context: Option<&VersionVector>) -> Rep
         held.dot != shown.dot && !held.is_twin_of(shown)
     };
     let (dots, supersedes) = all.into_iter().partition(is_hidden);
-    Replaced { supersedes, pushed_out: PushedOut { dots, cause: Cause::Rule } }
+    Replaced { supersedes, pushed_out: PushedOut::of(dots, Cause::Rule) }
 }
 
 impl Mutation {

@@ -17,11 +17,12 @@ use tombolo_storage::{ShardStore, StorageError};
 
 use crate::{error::ShardError, shard::Shard};
 
-/// Bytes of the change log that one call gives; a single change may be larger.
-const BATCH_BYTES_MAX: usize = 256 << 10;
+/// Bytes of the change log that one call gives; a single change may be larger. Little, because every
+/// watcher that is slow holds as much.
+const BATCH_BYTES_MAX: usize = 64 << 10;
 /// Keys and bytes of one page of a snapshot; a single record may be larger.
 const PAGE_KEYS_MAX: usize = 512;
-const PAGE_BYTES_MAX: usize = 256 << 10;
+const PAGE_BYTES_MAX: usize = 64 << 10;
 
 /// What a watcher asked for.
 #[derive(Clone, Debug)]

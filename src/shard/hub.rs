@@ -13,7 +13,11 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::{sync::watch, task::JoinSet, time::Instant};
+use tokio::{
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior},
+};
 use tokio_util::sync::CancellationToken;
 use tombolo_core::{NamespaceId, ShardId, VersionVector};
 
@@ -22,13 +26,17 @@ use crate::{shard::Shard, shards::Shards};
 /// How long a shard may be without a leader before its watchers are sent to other nodes: longer than
 /// an election, so that they do not wander for nothing.
 const LEADERLESS_MAX: Duration = Duration::from_secs(10);
+/// How often that is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// A leader that has heard of no majority for this long may be alone.
+const QUORUM_AGE_MAX: Duration = Duration::from_secs(3);
 
 /// Wakes watchers. One a node; share it in an [`Arc`].
 #[derive(Debug, Default)]
 pub struct WatchHub {
     /// By namespace, a count that rises when its watchers should look.
     topics: Mutex<BTreeMap<NamespaceId, watch::Sender<u64>>>,
-    /// Shards of which this node has known no leader for long.
+    /// Shards that have had no leader, as far as this node knows, for long.
     leaderless: Mutex<BTreeSet<ShardId>>,
 }
 
@@ -98,31 +106,22 @@ impl Follower {
     async fn run(self, shutdown: CancellationToken) {
         let mut moved = self.shard.store().watch_frontiers();
         let mut members = self.shard.store().watch_members();
-        let mut leadership = self.shard.group().leadership();
         let mut told = BTreeMap::new();
         let mut alone_since: Option<Instant> = None;
+        let mut looks = tokio::time::interval(LOOK_INTERVAL);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             moved.borrow_and_update();
             self.hub.wake_moved(&self.shard, &mut told);
-            match leadership.borrow_and_update().leader {
-                Some(_) => {
-                    alone_since = None;
-                    self.set_leaderless(false);
-                }
-                None => alone_since = alone_since.or_else(|| Some(Instant::now())),
-            }
-            let is_told = self.hub.leaderless.lock().contains(&self.shard.id());
-            let alone_until = alone_since.filter(|_| !is_told).map(|since| since + LEADERLESS_MAX);
-            let patience = async {
-                match alone_until {
-                    Some(until) => tokio::time::sleep_until(until).await,
-                    None => std::future::pending().await,
-                }
-            };
             // Safe to drop: all of these only wait.
             tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
+                _ = looks.tick() => {
+                    alone_since = self.is_alone().then(|| alone_since.unwrap_or_else(Instant::now));
+                    let is_long = alone_since.is_some_and(|it| it.elapsed() >= LEADERLESS_MAX);
+                    self.set_leaderless(is_long);
+                }
                 changed = moved.changed() => if changed.is_err() { return },
                 changed = members.changed() => {
                     if changed.is_err() {
@@ -130,9 +129,15 @@ impl Follower {
                     }
                     self.hub.wake_all();
                 }
-                changed = leadership.changed() => if changed.is_err() { return },
-                () = patience => self.set_leaderless(true),
             }
+        }
+    }
+
+    /// Whether this node knows no leader, or leads without a majority.
+    fn is_alone(&self) -> bool {
+        match self.shard.leader() {
+            None => true,
+            Some(_) => self.shard.is_leader() && !self.shard.group().has_quorum(QUORUM_AGE_MAX),
         }
     }
 

@@ -10,7 +10,7 @@ use std::{
 use futures::{StreamExt, stream};
 use tombolo_client::Client;
 
-use crate::support::{Cluster, metric, wait_until};
+use crate::support::{Cluster, metric, wait_until, wait_within};
 
 const REGIONS: [(&str, usize); 2] = [("us", 1), ("eu", 1)];
 const KIB: f64 = 1024.0;
@@ -160,14 +160,15 @@ async fn comparing_and_healing_cost_what_differs() {
     assert!(cost <= 256.0 * KIB, "{cost} bytes healed one key");
 
     let before = metric(&cluster.members[0], "tombolo_repair_exchanged_bytes_total").await;
-    let many = (keys_of_both() / 2).min(10_000);
+    let many = (keys_of_both() / 8).min(10_000);
     let step = keys_of_both() / many;
     let quiet = slowest_percent(&eu, tokio::time::sleep(Duration::from_secs(3))).await;
     wait_until_equal([&us, &eu]).await;
     let differing =
         write_while_away(&mut cluster, &us, (0..many).map(|number| number * step)).await;
     let eu = cluster.client("eu").await;
-    let repaired = wait_until("all of it came by repair", async || {
+    // It makes way for the writes, for five minutes at most.
+    let repaired = wait_within(Duration::from_secs(600), "all of it came by repair", async || {
         metric(&cluster.members[1], "tombolo_repair_records_total").await >= many as f64
     });
     let busy = slowest_percent(&eu, repaired).await;

@@ -235,8 +235,17 @@ pub(crate) async fn values(client: &Client, namespace: &str) -> Vec<(Vec<u8>, Ve
 }
 
 /// Waits for a condition, and fails with its name if it does not come.
-pub(crate) async fn wait_until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+pub(crate) async fn wait_until(what: &str, holds: impl AsyncFnMut() -> bool) {
+    wait_within(PATIENCE, what, holds).await;
+}
+
+/// The same for what takes its time.
+pub(crate) async fn wait_within(
+    patience: Duration,
+    what: &str,
+    mut holds: impl AsyncFnMut() -> bool,
+) {
+    let deadline = Instant::now() + patience;
     let mut ticks = tokio::time::interval(Duration::from_millis(20));
     while !holds().await {
         assert!(Instant::now() < deadline, "in vain: {what}");

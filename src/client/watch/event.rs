@@ -17,6 +17,7 @@ pub struct Watched {
 }
 
 /// What happened.
+#[expect(clippy::large_enum_variant, reason = "nearly all are changes")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WatchEvent {
     /// A write.

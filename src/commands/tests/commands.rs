@@ -570,6 +570,8 @@ fn help_is_written_down() {
       get                Reads a key
       delete             Deletes a key
       scan               Lists keys in byte order
+      mutate             Applies typed operations to a key, all or none
+      watch              Follows changes, one line an event, until interrupted
       commit             Applies several writes to keys of one shard, all or none, if all checks hold
       await-replication  Waits until other regions have what a session has seen, its writes included
       load               Puts the records of a file, one a line
@@ -591,13 +593,18 @@ fn help_is_written_down() {
       <KEY>  
 
     Options:
-          --consistency <LEVEL>  linearizable, causal, local, or stale:DURATION [default: causal in a
-                                 session, else linearizable]
-          --one                  Fail with code 5 if concurrent writes left several values
-          --session-file <FILE>  Continue the session kept in FILE, and keep it there; created if
-                                 missing
-          --token <TOKEN>        Continue the session of this token, base64 as printed by -o json
-      -h, --help                 Print help (see more with '--help')
+          --consistency <LEVEL>    linearizable, causal, local, or stale:DURATION [default: causal in a
+                                   session, else linearizable]
+          --one                    Fail with code 5 if concurrent writes left several values
+          --field <PATH>           Only this field of a map, or all under it: names with / between them
+          --elements <N>           At most this many elements of a set or map [default: 0]
+          --elements-from <TOKEN>  Go on where the elements of an earlier answer ended (base64,
+                                   nextElementToken of -o json)
+          --element <ELEMENT>      Whether a set has this element: show only those it has
+          --session-file <FILE>    Continue the session kept in FILE, and keep it there; created if
+                                   missing
+          --token <TOKEN>          Continue the session of this token, base64 as printed by -o json
+      -h, --help                   Print help (see more with '--help')
 
     Connection:
       -e, --endpoint <ADDRESS>  Nodes of one region, host:port; repeat or separate by commas [env:

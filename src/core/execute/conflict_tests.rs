@@ -202,6 +202,30 @@ fn a_value_whose_time_is_over_does_not_win_against_one_that_can_be_read() {
 }
 
 #[test]
+fn what_two_regions_took_of_one_request_is_no_loss_when_a_key_is_settled() {
+    let (mut us, mut eu) = (MemoryState::default(), MemoryState::default());
+    put_blind(&mut us, 1, 5, "other".into());
+    let nothing = Some(VersionVector::new());
+    for (state, region, wall) in [(&mut us, 1, 10), (&mut eu, 2, 20)] {
+        let twice = Content::value("twice");
+        let put = write(region, wall, Rule::Siblings, twice, nothing.clone());
+        let Command::Write(put) = put else { panic!() };
+        let request = Some(RequestId { client: 7, number: 1 });
+        run(state, &Command::Write(Write { request, ..put }));
+    }
+    pull(&mut us, &eu, 1, 30, Rule::Siblings);
+    assert_eq!(siblings(&us).len(), 3);
+
+    let keys = vec![(Bytes::from_static(KEY), time(20))];
+    let (rule, time) = (Rule::Siblings, time(100));
+    run(&mut us, &Command::Settle(Settle { namespace: NS, rule, actor: actor(1), time, keys }));
+    let held: Vec<_> = siblings(&us).into_iter().map(|held| held.content).collect();
+    assert_eq!(held, [Content::value("twice")]);
+    let lost: Vec<_> = us.ledger.values().map(|entry| entry.loser.content.clone()).collect();
+    assert_eq!(lost, [Content::value("other")]);
+}
+
+#[test]
 fn a_value_that_comes_while_a_key_is_settled_stays_beside_the_outcome() {
     let (mut us, mut eu) = (MemoryState::default(), MemoryState::default());
     put_blind(&mut us, 1, 10, "a".into());

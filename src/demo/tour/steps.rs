@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use futures::future::try_join_all;
-use tombolo_client::proto::{LinkPhase, Membership, Region, Rule};
-use tombolo_client::{Client, ClientConfig, Consistency, Error, Written};
+use tombolo_client::proto::{LinkPhase, Membership, Region, Rule, value};
+use tombolo_client::{Client, ClientConfig, ConflictFilter, Consistency, Error, Written};
 
 use super::load::Load;
 use super::observe::{
@@ -51,6 +51,9 @@ pub(super) fn all() -> Vec<Step<Tour>> {
         }),
         step("cut regions take writes; last-writer-wins picks one winner everywhere", |t| {
             Box::pin(last_writer_wins(t))
+        }),
+        step("what lost is in the ledger of every region, and one restore puts it back", |t| {
+            Box::pin(loser_comes_back(t))
         }),
         step("a counter that cut regions add to, and one resets, is exact", |t| {
             Box::pin(counts(t))
@@ -215,6 +218,50 @@ async fn last_writer_wins(tour: &mut Tour) -> anyhow::Result<String> {
         "both writes acknowledged within {} ms while cut; after healing {} regions show {winner:?}",
         slowest.as_millis(),
         tour.sites.len()
+    ))
+}
+
+/// Restores what lost in [`last_writer_wins`].
+async fn loser_comes_back(tour: &mut Tour) -> anyhow::Result<String> {
+    let key = tour.key("profile");
+    let noted = try_join_all(tour.sites.iter().map(|site| {
+        let filter = ConflictFilter { key_prefix: key.clone().into(), ..ConflictFilter::default() };
+        eventually(PATIENCE, move || {
+            let filter = filter.clone();
+            async move {
+                let ledger = site.client.conflicts("default");
+                match ledger.list(&filter, 2).await {
+                    Ok(list) if list.rows.len() == 1 => Ok(list.rows[0].id.clone()),
+                    Ok(list) => {
+                        Err(format!("{} lists {} conflicts, not 1", site.region, list.rows.len()))
+                    }
+                    Err(error) => Err(format!("listing in {}: {error}", site.region)),
+                }
+            }
+        })
+    }))
+    .await?;
+    let id = &noted[0];
+    ensure!(noted.iter().all(|other| other == id), "the regions name it differently: {noted:?}");
+
+    let (home, others) = home_and_others(tour)?;
+    let ledger = home.client.conflicts("default");
+    let shown = ledger.get(id).await?;
+    let loser = shown.conflict.and_then(|conflict| conflict.loser).context("no loser is shown")?;
+    let lost = match loser.value.and_then(|value| value.kind) {
+        Some(value::Kind::Data(data)) => String::from_utf8_lossy(&data).into_owned(),
+        other => bail!("the loser of {id} is shown as {other:?}"),
+    };
+    ledger.restore(id, shown.context).await?;
+    shows(home, &Tour::default_keys(home), &key, &[&lost]).await?;
+    for site in others {
+        shows(site, &Tour::default_keys(site), &key, &[&lost]).await?;
+    }
+    tour.check_no_crash()?;
+    Ok(format!(
+        "conflict {id} in {} regions; after the restore in {} all show {lost:?}",
+        noted.len(),
+        home.region
     ))
 }
 
