@@ -12,13 +12,13 @@ use tombolo_client::{Mutated, Operations};
 
 /// Applies typed operations to a key, all or none
 ///
-/// An operation is [PATH:]NAME[=VALUE], with / between the names of a path in a map:
+/// An operation is `[PATH:]NAME[=VALUE]`, with / between the names of a path in a map:
 /// add=5, insert=apple, remove=pear, assign=Ada, enable, disable, max=9, min=1, delete, as in
 /// `mutate profile address/city:assign=Oslo visits:add=1`. A VALUE may be - or @FILE.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Mutate {
     pub key: String,
-    /// [PATH:]NAME[=VALUE]
+    /// `[PATH:]NAME[=VALUE]`
     #[arg(required = true, value_name = "OPERATION", allow_negative_numbers = true)]
     pub operations: Vec<String>,
     /// Remove and replace exactly what the read with this context showed (base64, from get -o json)
