@@ -11,11 +11,10 @@ use crate::error::{Error, Result};
 use crate::keyspace::{CallOptions, call_options};
 use crate::retry::{Backoff, Safety, Verdict, judge};
 use crate::router::Target;
-use crate::types::{Consistency, Entry, IntoBytes};
-use bytes::Bytes;
+use crate::types::{Consistency, Entry, IntoBytes, key_bounds};
 use futures::{Stream, StreamExt, TryStreamExt};
 use std::collections::VecDeque;
-use std::ops::{Bound, RangeBounds};
+use std::ops::RangeBounds;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
@@ -47,22 +46,7 @@ impl Scan {
 
     /// Only keys in this range, by byte order, such as `"a".."b"` or `b"a".to_vec()..`.
     pub fn range<K: IntoBytes + Clone>(mut self, range: impl RangeBounds<K>) -> Self {
-        // The wire form is start inclusive, end exclusive; a key's successor is the key and a 0.
-        let successor = |key: &K| {
-            let mut key = key.clone().into_bytes().to_vec();
-            key.push(0);
-            Bytes::from(key)
-        };
-        self.request.start_key = match range.start_bound() {
-            Bound::Included(key) => key.clone().into_bytes(),
-            Bound::Excluded(key) => successor(key),
-            Bound::Unbounded => Bytes::new(),
-        };
-        self.request.end_key = match range.end_bound() {
-            Bound::Included(key) => successor(key),
-            Bound::Excluded(key) => key.clone().into_bytes(),
-            Bound::Unbounded => Bytes::new(),
-        };
+        (self.request.start_key, self.request.end_key) = key_bounds(range);
         self
     }
 

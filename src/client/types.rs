@@ -4,6 +4,7 @@
 
 use crate::error::{Error, Result};
 use bytes::Bytes;
+use std::ops::{Bound, RangeBounds};
 use std::time::{Duration, SystemTime};
 use tombolo_proto::v1;
 
@@ -45,6 +46,27 @@ impl<const N: usize> IntoBytes for &[u8; N] {
     fn into_bytes(self) -> Bytes {
         Bytes::copy_from_slice(self)
     }
+}
+
+/// A range of keys as it goes over the wire: start inclusive, end exclusive, empty for none.
+pub(crate) fn key_bounds<K: IntoBytes + Clone>(range: impl RangeBounds<K>) -> (Bytes, Bytes) {
+    // A key's successor is the key and a 0.
+    let successor = |key: &K| {
+        let mut key = key.clone().into_bytes().to_vec();
+        key.push(0);
+        Bytes::from(key)
+    };
+    let start = match range.start_bound() {
+        Bound::Included(key) => key.clone().into_bytes(),
+        Bound::Excluded(key) => successor(key),
+        Bound::Unbounded => Bytes::new(),
+    };
+    let end = match range.end_bound() {
+        Bound::Included(key) => successor(key),
+        Bound::Excluded(key) => key.clone().into_bytes(),
+        Bound::Unbounded => Bytes::new(),
+    };
+    (start, end)
 }
 
 /// The identity of one write, equal in every region. Written `region.incarnation:seq`.
