@@ -234,7 +234,7 @@ impl Repair {
         let budget = Duration::from_secs_f64(budget).saturating_sub(took);
         let is_live = self.shard.wrote_within(LIVE_WRITES_WITHIN);
         let yields = if is_live { live_rest(progress.time_left()) } else { 1.0 };
-        tokio::time::sleep(budget.max(took.mul_f64(yields)).min(REST_MAX)).await;
+        tokio::time::sleep(budget.max(took.mul_f64(yields).min(REST_MAX))).await;
         let limit = || self.setting.link(self.peer.id).bytes_per_second;
         self.pace.spend(bytes as u64, limit());
         // In slices, so that a limit that was lifted counts at once.
