@@ -1,6 +1,11 @@
 //! Starts and stops clusters for tests.
 
-use std::{collections::BTreeSet, net::TcpListener, sync::Mutex, time::Duration};
+use std::{
+    collections::BTreeSet,
+    net::{Ipv4Addr, TcpListener},
+    sync::Mutex,
+    time::Duration,
+};
 
 use tempfile::TempDir;
 use tokio::{
@@ -20,10 +25,15 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// Addresses that were handed out by this process, so that tests do not collide.
 static TAKEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
 
-/// A loopback address with a port that is free now.
+/// A loopback address with a port that stays free until a node of this process binds it.
+///
+/// Its host is one of this process: connections go out from 127.0.0.1, so none of them, and no other
+/// process, can take the port between two starts of a node.
 pub(crate) fn free_address() -> String {
+    let [_, high, middle, low] = std::process::id().to_be_bytes();
+    let host = Ipv4Addr::new(127, high + 1, middle, low);
     loop {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let listener = TcpListener::bind((host, 0)).expect("a free port");
         let address = listener.local_addr().expect("an address");
         if TAKEN.lock().expect("no test panicked here").insert(address.port()) {
             return address.to_string();

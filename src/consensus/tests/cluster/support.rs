@@ -252,7 +252,10 @@ impl Drop for Cluster {
     }
 }
 
+/// On a host of this process: connections go out from 127.0.0.1 and so take none of its ports.
 fn free_address() -> SocketAddr {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let [_, high, middle, low] = std::process::id().to_be_bytes();
+    let host = std::net::Ipv4Addr::new(127, high + 1, middle, low);
+    let listener = std::net::TcpListener::bind((host, 0)).unwrap();
     listener.local_addr().unwrap()
 }
