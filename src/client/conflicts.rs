@@ -223,11 +223,11 @@ impl Conflicts {
     }
 
     fn service(&self) -> impl Fn(Channel) -> ConflictServiceClient<Channel> + Send + 'static {
-        let max = self.client.inner.config.max_message_bytes;
+        let (request_max, reply_max) = self.client.inner.config.message_limits();
         move |channel| {
             ConflictServiceClient::new(channel)
-                .max_decoding_message_size(max)
-                .max_encoding_message_size(max)
+                .max_decoding_message_size(reply_max)
+                .max_encoding_message_size(request_max)
         }
     }
 }

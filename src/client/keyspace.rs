@@ -166,11 +166,11 @@ impl CallOptions {
     }
 
     pub(crate) fn kv(&self) -> impl Fn(Channel) -> KvServiceClient<Channel> + Send + 'static {
-        let max = self.client.inner.config.max_message_bytes;
+        let (request_max, reply_max) = self.client.inner.config.message_limits();
         move |channel| {
             KvServiceClient::new(channel)
-                .max_decoding_message_size(max)
-                .max_encoding_message_size(max)
+                .max_decoding_message_size(reply_max)
+                .max_encoding_message_size(request_max)
         }
     }
 
@@ -519,7 +519,7 @@ impl IntoFuture for BatchGet {
                         token: reply.session_token.clone(),
                         revision: None,
                         next_elements: Bytes::new(),
-                        settle_time: None,
+                        settle_time: result.settle_time.and_then(system_time),
                     };
                     gots.insert(position, got);
                 }

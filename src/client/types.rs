@@ -322,7 +322,7 @@ pub struct Got {
     /// here.
     pub next_elements: Bytes,
     /// Set while several versions wait to be settled in a namespace with a hold: what is shown is
-    /// provisional, and the first version is taken then. `None` in a batch.
+    /// provisional, and the first version is taken then.
     pub settle_time: Option<SystemTime>,
 }
 
@@ -362,6 +362,8 @@ pub struct Entry {
     pub context: Bytes,
     /// The value has more elements than are shown: a get pages through them.
     pub partial: bool,
+    /// As [`Got::settle_time`].
+    pub settle_time: Option<SystemTime>,
 }
 
 impl Entry {
@@ -375,8 +377,13 @@ impl TryFrom<v1::KeyResult> for Entry {
     type Error = Error;
 
     fn try_from(result: v1::KeyResult) -> Result<Self> {
-        let versions = versions(result.versions)?;
-        Ok(Self { key: result.key, versions, context: result.context, partial: result.partial })
+        Ok(Self {
+            key: result.key,
+            versions: versions(result.versions)?,
+            context: result.context,
+            partial: result.partial,
+            settle_time: result.settle_time.and_then(system_time),
+        })
     }
 }
 

@@ -240,7 +240,7 @@ impl Reader {
                     })?;
                 let request = describe(self.watch.request.clone(), &route);
                 let mut service = WatchServiceClient::new(route.channel)
-                    .max_decoding_message_size(client.inner.config.max_message_bytes);
+                    .max_decoding_message_size(client.inner.config.max_reply_bytes);
                 let opened = timeout(client.inner.config.deadline, service.watch(request)).await;
                 let address = route.address;
                 let opened = opened.unwrap_or_else(|_| Err(silent(&address)));

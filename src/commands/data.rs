@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use serde::Serialize;
 use std::io::{Read, Write};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tombolo_client::{Consistency, Entry, Got, Version, Written};
 
 /// Rows of a table whose widths are computed together.
@@ -292,15 +292,17 @@ fn print_got(got: &Got, format: Format, encoding: KeyEncoding, io: &mut Io) -> R
                 session_token: base64(&got.token),
                 revision: got.revision.map(RevisionJson::from),
                 next_element_token: base64(&got.next_elements),
-                settle_time: got
-                    .settle_time
-                    .map(|at| humantime::format_rfc3339_millis(at).to_string()),
+                settle_time: got.settle_time.map(show_instant),
             };
             json(&mut io.out, format, &reply)?;
         }
         Format::Table => {
             if !got.next_elements.is_empty() {
                 writeln!(io.err, "there are more elements; -o json has the token to go on with")?;
+            }
+            if let Some(at) = got.settle_time {
+                let at = show_instant(at);
+                writeln!(io.err, "these values wait to be settled; at {at} the first is taken")?;
             }
             if !got.versions.is_empty() {
                 table(&mut io.out, VERSION_COLUMNS, rows(&got.key, &got.versions, encoding))?;
@@ -315,6 +317,10 @@ fn print_got(got: &Got, format: Format, encoding: KeyEncoding, io: &mut Io) -> R
         },
     }
     Ok(())
+}
+
+fn show_instant(at: SystemTime) -> String {
+    humantime::format_rfc3339_millis(at).to_string()
 }
 
 const VERSION_COLUMNS: [&str; 5] = ["KEY", "VALUE", "REGION", "TIME", "DOT"];
@@ -340,6 +346,8 @@ struct EntryJson {
     context: String,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     partial: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    settle_time: Option<String>,
 }
 
 pub(crate) async fn scan(args: &Scan, io: &mut Io) -> Result<Exit, Failure> {
@@ -403,6 +411,7 @@ impl EntryPrinter {
                     versions: versions_json(&entry.versions, self.keys_only),
                     context: base64(&entry.context),
                     partial: entry.partial,
+                    settle_time: entry.settle_time.map(show_instant),
                 };
                 if self.format == Format::Json {
                     let lead = if self.printed == 0 { "{\"results\":[\n" } else { "," };

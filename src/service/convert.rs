@@ -1,5 +1,7 @@
 //! Between protobuf messages and the types of `core`: `TryFrom` in, `From` out.
 
+use std::cmp::Reverse;
+
 use bytes::Bytes;
 use prost_types::Timestamp;
 use tombolo_cluster::Topology;
@@ -7,6 +9,7 @@ use tombolo_core::{
     Actor, Content, Dot, HybridTime, NamespaceId, Record, RegionId, RequestId, Rule, VersionVector,
     command::{Check, Condition, Operation},
     key::check_key,
+    namespace::Namespace,
     token::{TokenKey, decode_context, encode_context},
 };
 use tombolo_proto::v1 as pb;
@@ -133,7 +136,7 @@ impl Scope<'_> {
         let version = |(sibling, data): (&tombolo_core::record::Sibling, &Bytes)| {
             let expire = match &sibling.content {
                 Content::Value { expire, .. } => *expire,
-                Content::Tombstone | Content::Count(_) | Content::Reset { .. } => None,
+                Content::Tombstone | Content::Count { .. } | Content::Reset { .. } => None,
             };
             let kind = Some(pb::value::Kind::Data(data.clone()));
             pb::Version {
@@ -147,6 +150,28 @@ impl Scope<'_> {
         };
         let versions = record.live_at(self.now).map(version).collect();
         (versions, encode_context(self.cluster, self.namespace, key, record.context()))
+    }
+
+    /// A key whose values are bytes, as a reader sees it. Values that wait to be settled are in the
+    /// order in which they would be taken.
+    pub(crate) fn key_result(
+        &self,
+        namespace: &Namespace,
+        key: Bytes,
+        record: Option<&Record>,
+        keys_only: bool,
+    ) -> pb::KeyResult {
+        let (mut versions, context) = self.versions(&key, record, keys_only);
+        let waiting = record.filter(|_| versions.len() > 1);
+        let settles = waiting.and_then(|record| namespace.settles_at(record.latest_time()));
+        if settles.is_some() {
+            versions.sort_by_key(|version| {
+                let dot = version.dot.unwrap_or_default();
+                Reverse((version.hybrid_time, dot.region, dot.incarnation, dot.seq))
+            });
+        }
+        let settle_time = settles.map(timestamp);
+        pb::KeyResult { key, versions, context, partial: false, settle_time }
     }
 }
 

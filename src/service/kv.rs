@@ -1,12 +1,12 @@
 //! `KvService`: decode, check, delegate, encode.
 
-use std::{cmp::Reverse, collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::{Stream, future::try_join_all};
 use tokio::{sync::Semaphore, time::Instant};
 use tombolo_core::{
-    Content, Dot, Record, RequestId, Rule, ShardId, VersionVector,
+    Content, Dot, RequestId, Rule, ShardId, VersionVector,
     command::{Check, Operation, Written},
     key::{BATCH_OPERATIONS_MAX, check_key},
     namespace::Namespace,
@@ -28,11 +28,13 @@ use crate::{
     gateway::{Call, Gateway, request as with_metadata},
     reason::Reason,
     replicated::{Awaited, encode_coverage, pending},
-    scan::{SCANS_MAX, ScanStream},
+    scan::{SCANS_MAX, ScanStream, version_bytes},
     status::of_key_error,
     typed::{Asked, MUTATIONS_MAX, Page, ReadError, mutated, of_refused, read},
 };
 
+/// Values of a BatchGet, in bytes of values.
+const BATCH_REPLY_BYTES_MAX: usize = 128 << 20;
 /// Largest answer of another node: a failed commit shows up to 128 values.
 const FORWARDED_BYTES_MAX: usize = 192 << 20;
 
@@ -449,28 +451,26 @@ struct TypedRead {
     seen: VersionVector,
 }
 
-/// Until when several versions wait to be settled, with the one first that will be taken then.
-fn provisional(
-    namespace: &Namespace,
-    record: Option<&Record>,
-    versions: &mut [pb::Version],
-) -> Option<prost_types::Timestamp> {
-    if versions.len() < 2 {
-        return None;
-    }
-    let settles = namespace.settles_at(record?.latest_time())?;
-    versions.sort_by_key(|version| {
-        let dot = version.dot.unwrap_or_default();
-        Reverse((version.hybrid_time, dot.region, dot.incarnation, dot.seq))
-    });
-    Some(timestamp(settles))
-}
-
 fn batch_too_large(what: &str, count: usize) -> Status {
     Reason::BatchTooLarge.status(
         format!("{count} {what}; at most {BATCH_OPERATIONS_MAX} are allowed"),
         &[("max", BATCH_OPERATIONS_MAX.to_string())],
     )
+}
+
+/// Counts a result, and refuses more than a reply may have.
+fn within_reply(result: pb::KeyResult, bytes: &mut usize) -> Result<pb::KeyResult, Status> {
+    *bytes += result.versions.iter().map(version_bytes).sum::<usize>();
+    if *bytes <= BATCH_REPLY_BYTES_MAX {
+        return Ok(result);
+    }
+    Err(Reason::BatchTooLarge.status(
+        format!(
+            "the values of these keys have more than {BATCH_REPLY_BYTES_MAX} bytes together; \
+             ask for fewer keys at a time, or scan"
+        ),
+        &[("max_bytes", BATCH_REPLY_BYTES_MAX.to_string())],
+    ))
 }
 
 fn repeated_key(writes: &[pb::Write]) -> Option<&Bytes> {
@@ -571,17 +571,15 @@ impl KvService for KvApi {
         Asked::check_untyped(namespace.rule, &message)?;
         let record =
             shard.record(namespace.id, &message.key).map_err(|error| self.gateway.status(error))?;
-        let (mut versions, context) =
-            scope.versions(&message.key, record.as_ref(), message.keys_only);
-        let settle_time = provisional(&namespace, record.as_ref(), &mut versions);
+        let shown = scope.key_result(&namespace, message.key, record.as_ref(), message.keys_only);
         let seen = record.map(|record| record.context().clone()).unwrap_or_default();
         Ok(Response::new(pb::GetResponse {
-            versions,
-            context,
+            versions: shown.versions,
+            context: shown.context,
             session_token: self.token(session, &namespace, shard.id(), &seen),
             revision: Some(encode_revision(revision)),
             next_element_token: Bytes::new(),
-            settle_time,
+            settle_time: shown.settle_time,
         }))
     }
 
@@ -612,6 +610,7 @@ impl KvService for KvApi {
 
         let scope = self.gateway.scope(namespace.id);
         let mut results = vec![pb::KeyResult::default(); message.keys.len()];
+        let mut bytes = 0;
         for (shard, places) in shards.into_values() {
             if namespace.rule.is_typed() {
                 for place in places {
@@ -623,7 +622,9 @@ impl KvService for KvApi {
                     let partial = !page.next.is_empty();
                     let versions = scope.typed_versions(rule, page.assembly, message.keys_only)?;
                     let context = encode_context(scope.cluster, namespace.id, &key, &seen);
-                    results[place] = pb::KeyResult { key, versions, context, partial };
+                    let result =
+                        pb::KeyResult { key, versions, context, partial, settle_time: None };
+                    results[place] = within_reply(result, &mut bytes)?;
                 }
                 continue;
             }
@@ -635,8 +636,8 @@ impl KvService for KvApi {
                 if let Some(record) = &record {
                     session.observe(namespace.id, shard.id(), record.context());
                 }
-                let (versions, context) = scope.versions(&key, record.as_ref(), message.keys_only);
-                results[place] = pb::KeyResult { key, versions, context, partial: false };
+                let result = scope.key_result(&namespace, key, record.as_ref(), message.keys_only);
+                results[place] = within_reply(result, &mut bytes)?;
             }
         }
         let session_token = session.encode(self.gateway.cluster());

@@ -217,15 +217,16 @@ impl ScanStream {
             let scope = self.gateway.scope(self.namespace.id);
             let versions = scope.typed_versions(rule, assembly, self.keys_only)?;
             let context = encode_context(scope.cluster, scope.namespace, &key, &seen);
-            return Ok(Some((pb::KeyResult { key, versions, context, partial }, bytes)));
+            let result = pb::KeyResult { key, versions, context, partial, settle_time: None };
+            return Ok(Some((result, bytes)));
         }
         self.fill().await.map_err(|error| self.gateway.status(error))?;
         let Some(source) = self.first() else { return Ok(None) };
         let Some((key, record)) = source.page.pop_front() else { return Ok(None) };
         let scope = self.gateway.scope(self.namespace.id);
-        let (versions, context) = scope.versions(&key, Some(&record), self.keys_only);
-        let size = versions.iter().map(version_bytes).sum::<usize>();
-        Ok(Some((pb::KeyResult { key, versions, context, partial: false }, size)))
+        let result = scope.key_result(&self.namespace, key, Some(&record), self.keys_only);
+        let size = result.versions.iter().map(version_bytes).sum::<usize>();
+        Ok(Some((result, size)))
     }
 
     /// Puts the next key's elements together. Passes over those that are more than a scan shows.
@@ -361,7 +362,7 @@ fn of_elements(range: &ScanRange) -> ScanRange {
     }
 }
 
-fn version_bytes(version: &pb::Version) -> usize {
+pub(crate) fn version_bytes(version: &pb::Version) -> usize {
     match version.value.as_ref().and_then(|value| value.kind.as_ref()) {
         Some(pb::value::Kind::Data(data)) => data.len() + 64,
         Some(_) | None => 64,

@@ -3,7 +3,8 @@
 
 use std::time::{Duration, SystemTime};
 
-use tombolo_client::{Client, ConflictFilter, Dot, Resolution, proto};
+use futures::StreamExt;
+use tombolo_client::{Client, ConflictFilter, Dot, Resolution, WatchEvent, proto};
 
 use crate::support::{Cluster, PATIENCE, metric, wait_until};
 
@@ -257,9 +258,15 @@ async fn what_nobody_settles_in_time_is_settled_once_for_all_regions() {
     wait_until("both show that it waits", async || {
         let mut waiting = true;
         for (_, client) in pair {
-            let got = client.namespace("carts").get("a").await.unwrap();
+            let carts = client.namespace("carts");
+            let got = carts.get("a").await.unwrap();
             waiting &= got.in_conflict() && got.settle_time.is_some();
             waiting &= got.value().is_some_and(|value| value == "a of eu");
+            let batch = carts.batch_get(["a", "absent"]).await.unwrap();
+            let entries = carts.scan().collect().await.unwrap();
+            waiting &= batch[0].settle_time == got.settle_time && batch[1].settle_time.is_none();
+            waiting &= entries.iter().all(|entry| entry.settle_time.is_some());
+            waiting &= batch[0].versions == got.versions && entries[0].versions == got.versions;
         }
         waiting
     })
@@ -327,6 +334,44 @@ async fn what_exceeds_the_bound_on_siblings_is_in_the_ledger_of_every_region() {
         }
         lost.sort_unstable();
         assert_eq!(lost, ["v1", "v2", "v3", "v4", "v5"]);
+    }
+    cluster.stop().await;
+}
+
+/// Sixteen values of the largest size are more than a request may have, and still one reply.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn as_many_siblings_as_there_may_be_of_the_largest_size_are_read_in_every_way() {
+    const SIBLINGS: usize = 16;
+    let cluster = Cluster::start(&REGIONS, 1).await;
+    let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
+    us.admin().create_namespace("carts", proto::Rule::Siblings).await.unwrap();
+    let carts = us.namespace("carts");
+    let old = carts.put("k", "old").await.unwrap().context;
+    for number in 0..SIBLINGS {
+        let value = vec![u8::try_from(number).unwrap(); 1 << 20];
+        carts.put("k", value).context(&old).deadline(PATIENCE).await.unwrap();
+    }
+    let are_whole = |versions: &[tombolo_client::Version]| {
+        versions.len() == SIBLINGS && versions.iter().all(|version| version.value.len() == 1 << 20)
+    };
+    wait_until("eu has all of them", async || {
+        let got = eu.namespace("carts").get("k").deadline(PATIENCE).await;
+        got.is_ok_and(|got| are_whole(&got.versions))
+    })
+    .await;
+    for client in [&us, &eu] {
+        let carts = client.namespace("carts");
+        let batch = carts.batch_get(["k"]).deadline(PATIENCE).await.unwrap();
+        assert!(are_whole(&batch[0].versions));
+        assert!(are_whole(&carts.scan().collect().await.unwrap()[0].versions));
+        let mut snapshot = carts.watch().snapshot().stream();
+        let shown = loop {
+            let item = snapshot.next().await.expect("it does not end").unwrap();
+            if let WatchEvent::Entry { entry, .. } = item.event {
+                break entry;
+            }
+        };
+        assert!(are_whole(&shown.versions));
     }
     cluster.stop().await;
 }

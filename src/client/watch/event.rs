@@ -165,7 +165,13 @@ impl TryFrom<v1::WatchEvent> for WatchEvent {
             Body::Change(change) => Self::Change(change_of(shard, change)?),
             Body::SnapshotEntry(it) => {
                 let versions = versions(it.versions)?;
-                let entry = Entry { key: it.key, versions, context: Bytes::new(), partial: false };
+                let entry = Entry {
+                    key: it.key,
+                    versions,
+                    context: Bytes::new(),
+                    partial: false,
+                    settle_time: None,
+                };
                 let deletion = it.deletion.map(deletion_of).transpose()?;
                 Self::Entry { shard, entry, deletion, element: it.element }
             }

@@ -210,6 +210,7 @@ mod tests {
             versions,
             context: Bytes::new(),
             partial: false,
+            settle_time: None,
         };
         let a = arrange(vec![entry("x", vec![version("1", 1), version("2", 2)])]);
         let reordered = arrange(vec![entry("x", vec![version("2", 2), version("1", 1)])]);

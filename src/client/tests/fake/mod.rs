@@ -256,6 +256,7 @@ impl State {
             versions: self.versions(&request.namespace, key, request.keys_only),
             context: Bytes::new(),
             partial: false,
+            settle_time: None,
         };
         let page = |chunk: &[Bytes], last: bool| v1::ScanResponse {
             results: chunk.iter().map(result).collect(),
@@ -398,6 +399,7 @@ impl KvService for Node {
                 versions: state.versions(&body.namespace, key, body.keys_only),
                 context: Bytes::new(),
                 partial: false,
+                settle_time: None,
             };
             body.keys.iter().map(result).collect()
         };
