@@ -16,8 +16,8 @@ use std::{
 
 use parking_lot::Mutex;
 use rocksdb::{
-    BlockBasedOptions, Cache, DB, DBCompressionType, FlushOptions, IteratorMode, LogLevel, Options,
-    ReadOptions, ReadTier, WriteOptions,
+    BlockBasedIndexType, BlockBasedOptions, Cache, DB, DBCompressionType, FlushOptions,
+    IteratorMode, LogLevel, Options, ReadOptions, ReadTier, WriteOptions,
 };
 use tombolo_core::{ShardId, placement::SHARDS_MAX};
 
@@ -243,9 +243,15 @@ fn block_options(cache: Option<&Cache>) -> BlockBasedOptions {
             blocks.set_cache_index_and_filter_blocks(true);
             blocks.set_cache_index_and_filter_blocks_with_high_priority(true);
             blocks.set_pin_l0_filter_and_index_blocks_in_cache(true);
+            blocks.set_pin_top_level_index_and_filter(true);
         }
         None => blocks.disable_cache(),
     }
+    // In parts: the filter of a whole file is larger than the cache wants to hold, and each look at a key
+    // that is not there would read and verify all of it.
+    blocks.set_index_type(BlockBasedIndexType::TwoLevelIndexSearch);
+    blocks.set_partition_filters(true);
+    blocks.set_metadata_block_size(BLOCK_BYTES);
     blocks
 }
 
