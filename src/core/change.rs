@@ -21,7 +21,7 @@ use crate::{
     id::{Actor, Dot},
     ledger::Cause,
     record::{Content, Delta, PushedOut, Sibling},
-    request::{RequestTag, Requested},
+    request::{Requested, Tags},
     vector::{VersionVector, decode_actor, decode_dot, encode_actor, encode_dot},
 };
 
@@ -139,23 +139,20 @@ impl Change {
         if count == 0 || first_seq == 0 || first_seq.checked_add(count as u64).is_none() {
             return Err(reader.invalid(first_seq));
         }
+        let mut tags = Tags::of(request);
         let mut deltas = Vec::with_capacity(count);
         for place in 0..count {
             let dot = Dot { actor, seq: first_seq + place as u64 };
-            let tag = request.map(|request| request.tag(place));
-            deltas.push(decode_delta(&mut reader, dot, tag)?);
+            deltas.push(decode_delta(&mut reader, dot, &mut tags)?);
         }
         reader.finish()?;
         Ok(Self { actor, first_seq, depends_on, ahead_by, request, deltas })
     }
 }
 
-fn decode_delta(
-    reader: &mut Reader,
-    dot: Dot,
-    request: Option<RequestTag>,
-) -> Result<Delta, DecodeError> {
+fn decode_delta(reader: &mut Reader, dot: Dot, tags: &mut Tags) -> Result<Delta, DecodeError> {
     let key = reader.bytes()?;
+    let request = tags.next(&key);
     let time = HybridTime::from_bits(reader.fixed64()?);
     let content = Content::decode(reader)?;
     let supersedes = decode_dots(reader)?;
@@ -184,7 +181,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::{
-        record::Count,
+        record::{Count, TakenBack},
         request::tests::any_requested,
         vector::tests::{any_actor, any_vector},
     };
@@ -198,13 +195,22 @@ pub(crate) mod tests {
                 data,
                 expire: Some(HybridTime::from_bits(expire))
             }),
-            any_count().prop_map(Content::Count),
+            (any_count(), prop::collection::vec(any_taken_back(), 0..3))
+                .prop_map(|(count, taken_back)| Content::Count { count, taken_back }),
             (any_count(), any::<u64>()).prop_map(|(count, upto)| Content::Reset { count, upto }),
         ]
     }
 
     fn any_count() -> impl Strategy<Value = Count> {
         (any::<u64>(), any::<i64>()).prop_map(|(since, total)| Count { since, total })
+    }
+
+    fn any_taken_back() -> impl Strategy<Value = TakenBack> {
+        (any::<u64>(), any::<u64>(), any::<i64>()).prop_map(|(added, at, by)| TakenBack {
+            added,
+            at,
+            by,
+        })
     }
 
     pub(crate) fn any_change() -> impl Strategy<Value = Change> {
@@ -221,14 +227,15 @@ pub(crate) mod tests {
         let request = prop::option::of(any_requested());
         (any_actor(), 1u64..1 << 40, any_vector(), ahead_by, request, deltas).prop_map(
             |(actor, first_seq, depends_on, ahead_by, request, deltas)| {
+                let mut tags = Tags::of(request);
                 let delta = |(place, (key, time, content, supersedes, pushed_out))| {
                     let (key, pushed_out): (Vec<u8>, Vec<Dot>) = (key, pushed_out);
+                    let key = Bytes::from(key);
                     let dot = Dot { actor, seq: first_seq + place as u64 };
                     let time = HybridTime::from_bits(time);
-                    let tag = request.map(|request: Requested| request.tag(place));
-                    let sibling = Sibling { dot, time, request: tag, content };
+                    let sibling = Sibling { dot, time, request: tags.next(&key), content };
                     let pushed_out = PushedOut::of(pushed_out, Cause::Deadline);
-                    Delta { key: key.into(), sibling, supersedes, pushed_out }
+                    Delta { key, sibling, supersedes, pushed_out }
                 };
                 let deltas = deltas.into_iter().enumerate().map(delta).collect();
                 Change { actor, first_seq, depends_on, ahead_by, request, deltas }

@@ -720,7 +720,7 @@ impl Write {
             part(&mut hash, 5, &operation.key);
             match &operation.content {
                 Content::Value { data, .. } => part(&mut hash, 7, data),
-                Content::Tombstone | Content::Count(_) | Content::Reset { .. } => {
+                Content::Tombstone | Content::Count { .. } | Content::Reset { .. } => {
                     part(&mut hash, 6, &[]);
                 }
             }
@@ -917,35 +917,84 @@ pub struct Remembered {
     pub executed: HybridTime,
     /// What it asked for ([`Write::fingerprint`]): another write under its id is refused.
     pub fingerprint: u64,
-    /// What it was answered. Where the change came from another region, with what that had seen of the
-    /// whole namespace as context: of the key, that is the same.
-    pub results: Vec<Written>,
-    /// Places of the checks that did not hold. Nothing was written then.
-    pub failed_checks: Vec<usize>,
+    /// What it was answered.
+    pub answer: Answer,
 }
 
-const REMEMBERED_VERSION: u8 = 2;
+/// What a request was answered when it was executed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It was written.
+    Written {
+        /// The first write of the change that stands for it; `None` if what it asked for was so already.
+        first: Option<Dot>,
+        /// Where the change came from another region: one for each of its writes, with what the origin
+        /// had seen of the whole namespace as context. Of the key, that is the same.
+        results: Vec<Written>,
+    },
+    /// Checks did not hold, those at these places.
+    ChecksFailed(Vec<usize>),
+    /// A mutation could not be made.
+    Refused(Refused),
+}
+
+const REMEMBERED_VERSION: u8 = 3;
+const WRITTEN_NOTHING: u8 = 0;
+const WRITTEN: u8 = 1;
+const CHECKS_FAILED: u8 = 2;
+const REFUSED: u8 = 3;
+
+impl Written {
+    fn encode(&self, writer: &mut Writer) {
+        encode_dot(self.dot, writer);
+        writer.fixed64(self.time.to_bits());
+        writer.u8(u8::from(self.conflict));
+        self.context.encode(writer);
+        writer.u8(u8::from(self.sum.is_some()));
+        if let Some(sum) = self.sum {
+            writer.fixed64(sum.cast_unsigned());
+        }
+    }
+
+    fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+        Ok(Self {
+            dot: decode_dot(reader)?,
+            time: HybridTime::from_bits(reader.fixed64()?),
+            conflict: decode_flag(reader)?,
+            context: VersionVector::decode(reader)?,
+            sum: if decode_flag(reader)? { Some(reader.fixed64()?.cast_signed()) } else { None },
+        })
+    }
+}
 
 impl Remembered {
     /// The encoding, with its format version.
     pub fn to_bytes(&self) -> Bytes {
-        let mut writer = Writer::with_capacity(32 + self.results.len() * 48);
+        let results = match &self.answer {
+            Answer::Written { results, .. } => results.len(),
+            Answer::ChecksFailed(_) | Answer::Refused(_) => 0,
+        };
+        let mut writer = Writer::with_capacity(32 + results * 48);
         writer.u8(REMEMBERED_VERSION);
         writer.fixed64(self.executed.to_bits());
         writer.fixed64(self.fingerprint);
-        writer.count(self.results.len());
-        for result in &self.results {
-            encode_dot(result.dot, &mut writer);
-            writer.fixed64(result.time.to_bits());
-            writer.u8(u8::from(result.conflict));
-            result.context.encode(&mut writer);
-            writer.u8(u8::from(result.sum.is_some()));
-            if let Some(sum) = result.sum {
-                writer.fixed64(sum.cast_unsigned());
+        match &self.answer {
+            Answer::Written { first, results } => {
+                writer.u8(if first.is_some() { WRITTEN } else { WRITTEN_NOTHING });
+                first.iter().for_each(|&first| encode_dot(first, &mut writer));
+                writer.count(results.len());
+                results.iter().for_each(|result| result.encode(&mut writer));
+            }
+            Answer::ChecksFailed(checks) => {
+                writer.u8(CHECKS_FAILED);
+                writer.count(checks.len());
+                checks.iter().for_each(|&check| writer.count(check));
+            }
+            Answer::Refused(refused) => {
+                writer.u8(REFUSED);
+                refused.encode(&mut writer);
             }
         }
-        writer.count(self.failed_checks.len());
-        self.failed_checks.iter().for_each(|&check| writer.count(check));
         writer.finish()
     }
 
@@ -958,26 +1007,23 @@ impl Remembered {
         reader.version(REMEMBERED_VERSION)?;
         let executed = HybridTime::from_bits(reader.fixed64()?);
         let fingerprint = reader.fixed64()?;
-        let count = reader.count(14)?;
-        let mut results = Vec::with_capacity(count);
-        for _ in 0..count {
-            let dot = decode_dot(&mut reader)?;
-            let time = HybridTime::from_bits(reader.fixed64()?);
-            let conflict = decode_flag(&mut reader)?;
-            let context = VersionVector::decode(&mut reader)?;
-            let sum = if decode_flag(&mut reader)? {
-                Some(reader.fixed64()?.cast_signed())
-            } else {
-                None
-            };
-            results.push(Written { dot, time, context, conflict, sum });
-        }
-        let count = reader.count(1)?;
-        let failed_checks = (0..count)
-            .map(|_| reader.u32().map(|check| check as usize))
-            .collect::<Result<_, _>>()?;
+        let answer = match reader.u8()? {
+            tag @ (WRITTEN | WRITTEN_NOTHING) => {
+                let first = if tag == WRITTEN { Some(decode_dot(&mut reader)?) } else { None };
+                let count = reader.count(14)?;
+                let results = (0..count).map(|_| Written::decode(&mut reader));
+                Answer::Written { first, results: results.collect::<Result<_, _>>()? }
+            }
+            CHECKS_FAILED => {
+                let count = reader.count(1)?;
+                let checks = (0..count).map(|_| reader.u32().map(|check| check as usize));
+                Answer::ChecksFailed(checks.collect::<Result<_, _>>()?)
+            }
+            REFUSED => Answer::Refused(Refused::decode(&mut reader)?),
+            tag => return Err(reader.invalid(u64::from(tag))),
+        };
         reader.finish()?;
-        Ok(Self { executed, fingerprint, results, failed_checks })
+        Ok(Self { executed, fingerprint, answer })
     }
 }
 
@@ -991,7 +1037,7 @@ mod tests {
         ledger::tests::any_entry,
         members::tests::any_members,
         repair::tests::any_offer,
-        typed::tests::any_mutation,
+        typed::tests::{any_mutation, any_refusal},
         vector::tests::{any_actor, any_vector},
     };
 
@@ -1157,14 +1203,21 @@ mod tests {
             context in any_vector(),
             conflict: bool,
             sum in any::<Option<i64>>(),
-            failed_checks in prop::collection::vec(0usize..128, 0..4),
+            checks in prop::collection::vec(0usize..128, 0..4),
+            refusal in any_refusal(),
         ) {
             let time = HybridTime::from_bits(5);
-            let written = Written { dot: Dot { actor, seq }, time, context, conflict, sum };
-            let results = vec![written];
-            let remembered =
-                Remembered { executed: time, fingerprint: seq, results, failed_checks };
-            prop_assert_eq!(Remembered::from_bytes(remembered.to_bytes()), Ok(remembered));
+            let dot = Dot { actor, seq };
+            let results = vec![Written { dot, time, context, conflict, sum }];
+            let refused = Refused { mutation: checks.len(), refusal };
+            for answer in [
+                Answer::Written { first: conflict.then_some(dot), results },
+                Answer::ChecksFailed(checks),
+                Answer::Refused(refused),
+            ] {
+                let remembered = Remembered { executed: time, fingerprint: seq, answer };
+                prop_assert_eq!(Remembered::from_bytes(remembered.to_bytes()), Ok(remembered));
+            }
         }
     }
 

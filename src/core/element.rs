@@ -84,7 +84,7 @@ impl Kind {
     }
 
     /// As encoded: two of them leave room for parts that a kind may get.
-    const fn tag(self) -> u8 {
+    pub(crate) const fn tag(self) -> u8 {
         match self {
             Self::Register => 0x10,
             Self::Counter => 0x20,
@@ -95,7 +95,7 @@ impl Kind {
         }
     }
 
-    fn from_tag(tag: u8) -> Option<Self> {
+    pub(crate) fn from_tag(tag: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.tag() == tag)
     }
 }

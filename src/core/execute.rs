@@ -20,7 +20,7 @@ use bytes::Bytes;
 use crate::{
     change::Change,
     command::{
-        Advance, Collect, Command, Condition, Expire, FailedCheck, ForgetConflicts, Ingest,
+        Advance, Answer, Collect, Command, Condition, Expire, FailedCheck, ForgetConflicts, Ingest,
         Ingested, LinkSetting, Merge, Merged, Outcome, Remembered, Settle, Stopped, Write, Written,
     },
     element,
@@ -30,8 +30,8 @@ use crate::{
     members::{Member, MemberState, Members},
     record::{Content, Delta, PushedOut, Record, Rule, Sibling},
     repair::{self, DotReused, Sides, Trust},
-    request::Requested,
-    typed::{self, Mutated, Mutation, Refused},
+    request::{Requested, Tags},
+    typed::{self, Addition, ELEMENT_BYTES_MAX, ELEMENTS_MAX, Mutated, Mutation, Refusal, Refused},
     vector::VersionVector,
 };
 
@@ -212,13 +212,13 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
     let failed = failed_checks(state, write)?;
     if !failed.is_empty() {
         let failed_checks = failed.iter().map(|failed| failed.check).collect();
-        remember(state, request, write.time, &[], failed_checks);
+        remember(state, request, write.time, Answer::ChecksFailed(failed_checks));
         return Ok(Outcome::ChecksFailed(failed));
     }
 
     let place = Place { namespace: write.namespace, rule: write.rule, noted: write.time };
     let mut writing = Writing::new(&*state, place, write.actor, frontier);
-    writing.request = request;
+    writing.tags = Tags::of(request);
     let mut results = Vec::with_capacity(write.operations.len() + write.mutations.len());
     for operation in &write.operations {
         let record = writing.record(&operation.key)?;
@@ -229,6 +229,7 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
         let (key, content) = (operation.key.clone(), operation.content.clone());
         results.push(writing.add(record, key, content, replaced, write.time));
     }
+    let asked = writing.bytes + write.mutations.iter().map(Mutation::bytes).sum::<usize>();
     for (place, mutation) in write.mutations.iter().enumerate() {
         match typed::mutate(&mut writing, mutation, write.time)? {
             Ok(Mutated { dot, time, conflict, sum }) => {
@@ -236,16 +237,29 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
                 let context = VersionVector::new();
                 results.push(Written { dot, time, context, conflict, sum });
             }
-            Err(refusal) => return Ok(Outcome::Refused(Refused { mutation: place, refusal })),
+            Err(refusal) => return Ok(refused(state, write, place, refusal)),
+        }
+        let elements = writing.deltas.len() - write.operations.len();
+        if elements > ELEMENTS_MAX || writing.bytes > asked + ELEMENT_BYTES_MAX {
+            return Ok(refused(state, write, place, Refusal::TooManyElements));
         }
     }
+    let first = writing.first_dot();
     writing.finish().execute(state);
     let applied = state.frontier(write.namespace);
     for result in results.iter_mut().skip(write.operations.len()) {
         result.context.clone_from(&applied);
     }
-    remember(state, request, write.time, &results, Vec::new());
+    let answer = Answer::Written { first, results: results.clone() };
+    remember(state, request, write.time, answer);
     Ok(Outcome::Written(results))
+}
+
+/// Refuses a write for its mutation at `place`. A duplicate that is still on its way is refused, too.
+fn refused<S: ShardState>(state: &mut S, write: &Write, place: usize, refusal: Refusal) -> Outcome {
+    let refused = Refused { mutation: place, refusal };
+    remember(state, write.requested(), write.time, Answer::Refused(refused));
+    Outcome::Refused(refused)
 }
 
 /// What a request was answered when it came before; `None` if that is not remembered.
@@ -259,31 +273,30 @@ fn answered_before<S: ShardState>(
     if before.fingerprint != fingerprint {
         return Ok(Some(Outcome::RequestReused));
     }
-    if before.failed_checks.is_empty() {
-        return Ok(Some(Outcome::Written(before.results)));
-    }
-    let mut failed = Vec::with_capacity(before.failed_checks.len());
-    for check in before.failed_checks {
-        // The same fingerprint means the same checks.
-        if let Some(demanded) = write.checks.get(check) {
-            failed
-                .push(FailedCheck { check, actual: state.record(write.namespace, &demanded.key)? });
+    Ok(Some(match before.answer {
+        Answer::Written { results, .. } => Outcome::Written(results),
+        Answer::Refused(refused) => Outcome::Refused(refused),
+        Answer::ChecksFailed(checks) => {
+            let mut failed = Vec::with_capacity(checks.len());
+            for check in checks {
+                // The same fingerprint means the same checks.
+                let Some(demanded) = write.checks.get(check) else { continue };
+                let actual = state.record(write.namespace, &demanded.key)?;
+                failed.push(FailedCheck { check, actual });
+            }
+            Outcome::ChecksFailed(failed)
         }
-    }
-    Ok(Some(Outcome::ChecksFailed(failed)))
+    }))
 }
 
 fn remember<S: ShardState>(
     state: &mut S,
     request: Option<Requested>,
     executed: HybridTime,
-    results: &[Written],
-    failed_checks: Vec<usize>,
+    answer: Answer,
 ) {
     if let Some(Requested { id, fingerprint }) = request {
-        let results = results.to_vec();
-        let remembered = Remembered { executed, fingerprint, results, failed_checks };
-        state.remember(id, &remembered);
+        state.remember(id, &Remembered { executed, fingerprint, answer });
     }
 }
 
@@ -292,6 +305,9 @@ fn execute_expire<S: ShardState>(state: &mut S, expire: &Expire) -> Result<Outco
         return Ok(Outcome::NotActive(member));
     }
     let frontier = state.frontier(expire.namespace);
+    if frontier.get(expire.actor) < state.ahead(expire.namespace).get(expire.actor) {
+        return Ok(Outcome::OwnChangeUnknown);
+    }
     let place = Place { namespace: expire.namespace, rule: expire.rule, noted: expire.time };
     let mut writing = Writing::new(&*state, place, expire.actor, frontier);
     let mut expired = 0;
@@ -357,14 +373,16 @@ pub(crate) struct Writing<'a, S: ShardState> {
     state: &'a S,
     place: Place,
     actor: Actor,
-    /// The client's request, if it is one with an id.
-    request: Option<Requested>,
+    /// Those of the client's request, if it is one with an id.
+    tags: Tags,
     first_seq: u64,
     /// What was applied before.
     frontier: VersionVector,
     /// That, and what the records that are replaced have seen: they may be ahead of it.
     depends_on: VersionVector,
     deltas: Vec<Delta>,
+    /// About how many bytes these have.
+    bytes: usize,
     records: BTreeMap<Bytes, Record>,
     ledger: Vec<LedgerEntry>,
 }
@@ -389,8 +407,9 @@ impl<'a, S: ShardState> Writing<'a, S> {
             first_seq,
             frontier,
             depends_on,
-            request: None,
+            tags: Tags::default(),
             deltas: Vec::new(),
+            bytes: 0,
             records: BTreeMap::new(),
             ledger: Vec::new(),
         }
@@ -407,6 +426,12 @@ impl<'a, S: ShardState> Writing<'a, S> {
     /// The identity of the next write.
     pub(crate) fn next_dot(&self) -> Dot {
         Dot { actor: self.actor, seq: self.first_seq + self.deltas.len() as u64 }
+    }
+
+    /// The identity of the first write that is planned.
+    fn first_dot(&self) -> Option<Dot> {
+        let first = Dot { actor: self.actor, seq: self.first_seq };
+        (!self.deltas.is_empty()).then_some(first)
     }
 
     /// The record of a key, after the writes that are planned.
@@ -477,7 +502,7 @@ impl<'a, S: ShardState> Writing<'a, S> {
         let others = record.context().iter().filter(|(actor, _)| *actor != self.actor);
         others.for_each(|(actor, seq)| self.depends_on.advance(actor, seq));
         let time = time.max(record.latest_time().next());
-        let request = self.request.map(|request| request.tag(self.deltas.len()));
+        let request = self.tags.next(&key);
         let sibling = Sibling { dot, time, request, content };
         let delta = Delta { key, sibling, supersedes, pushed_out };
         let Place { rule, noted, .. } = self.place;
@@ -487,6 +512,7 @@ impl<'a, S: ShardState> Writing<'a, S> {
         self.ledger.extend(dropped.into_iter().map(entry));
         let context = record.context().clone();
         self.records.insert(delta.key.clone(), record);
+        self.bytes += delta.key.len() + delta.sibling.content.bytes();
         self.deltas.push(delta);
         Written { dot, time, context, conflict, sum: None }
     }
@@ -495,7 +521,7 @@ impl<'a, S: ShardState> Writing<'a, S> {
         let Self {
             place,
             actor,
-            request,
+            tags,
             first_seq,
             frontier,
             depends_on,
@@ -505,6 +531,7 @@ impl<'a, S: ShardState> Writing<'a, S> {
             ..
         } = self;
         let ahead_by = depends_on.minus(&frontier);
+        let request = tags.request();
         let change = Change { actor, first_seq, depends_on, ahead_by, request, deltas };
         Planned { namespace: place.namespace, change, records, ledger }
     }
@@ -564,7 +591,7 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
         let mut added = Vec::new();
         for delta in &change.deltas {
             let mut record = state.record(ingest.namespace, &delta.key)?.unwrap_or_default();
-            added.extend(typed::addition(&record, delta));
+            typed::note_addition(&mut added, &record, delta);
             let dropped = record.apply(delta, &seen, ingest.rule);
             conflicts.push(!dropped.is_empty() || record.versions() > 1);
             for dropped in dropped {
@@ -576,48 +603,52 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
         append(state, ingest.namespace, change);
         ingested.frontier.add(change.last());
         ingested.applied += 1;
-        if !added.is_empty() && gives_way(state, ingest.local, change)? {
-            take_back(state, ingest, added)?;
+        if !added.is_empty() && gives_way(state, ingest, change, added)? {
             ingested.frontier = state.frontier(ingest.namespace);
-            // From now on the request is that region's: nothing is taken back twice.
-            remember_heard(state, change, &conflicts);
-        } else if let Some(reused) = remember_change(state, change, &conflicts)? {
+        } else if let Some(reused) = remember_change(state, change, &conflicts, ingest.time)? {
             ingested.reused.get_or_insert(reused);
         }
     }
     Ok(Outcome::Ingested(ingested))
 }
 
-/// Whether this region took the request of a change before it heard that the other did, and is the one of
-/// the two that gives way.
-fn gives_way<S: ShardState>(state: &S, local: Actor, change: &Change) -> Result<bool, S::Error> {
-    let Some(request) = change.request else { return Ok(false) };
-    if local.region < change.actor.region || inactive(state, local).is_some() {
-        return Ok(false);
-    }
-    let before = state.remembered(request.id)?;
-    Ok(before.is_some_and(|before| {
-        before.fingerprint == request.fingerprint
-            && before.results.first().is_some_and(|it| it.dot.actor.region == local.region)
-    }))
-}
-
-/// Takes back what this region had added to counters for a request that another had taken, too: values can
-/// be shown as one, sums cannot.
-fn take_back<S: ShardState>(
+/// Takes back what this region had added to counters for the request of a change, if it took that before it
+/// heard that the other did, and is the one of the two that gives way: values can be shown as one, sums cannot.
+fn gives_way<S: ShardState>(
     state: &mut S,
     ingest: &Ingest,
-    added: Vec<Mutation>,
-) -> Result<(), S::Error> {
-    let place = Place { namespace: ingest.namespace, rule: ingest.rule, noted: ingest.time };
-    let frontier = state.frontier(ingest.namespace);
-    let mut writing = Writing::new(&*state, place, ingest.local, frontier);
-    for mutation in added {
-        // What leaves the range of a sum stays; there is no number to take it back to.
-        let _ = typed::mutate(&mut writing, &mutation, ingest.time)?;
+    change: &Change,
+    added: Vec<Addition>,
+) -> Result<bool, S::Error> {
+    let Ingest { namespace, rule, local, time, .. } = *ingest;
+    let Some(Requested { id, fingerprint }) = change.request else { return Ok(false) };
+    let frontier = state.frontier(namespace);
+    // One that does not know all it has written may not write; nor does it remember such requests.
+    let knows_itself = frontier.get(local) >= state.ahead(namespace).get(local);
+    if local.region < change.actor.region || inactive(state, local).is_some() || !knows_itself {
+        return Ok(false);
+    }
+    let Some(Remembered { executed, fingerprint: taken, answer }) = state.remembered(id)? else {
+        return Ok(false);
+    };
+    let Answer::Written { first: Some(first), results } = answer else { return Ok(false) };
+    if first.actor != local || taken != fingerprint {
+        return Ok(false);
+    }
+    let own = results.iter().filter(|it| it.dot.actor == local).map(|it| it.dot.seq);
+    let own = (first.seq, own.max().unwrap_or(first.seq));
+    let mut writing =
+        Writing::new(&*state, Place { namespace, rule, noted: time }, local, frontier);
+    for addition in added {
+        typed::take_back(&mut writing, addition, own, time)?;
     }
     writing.finish().execute(state);
-    Ok(())
+    // From now on the request is that region's, so that nothing is taken back twice. Who asks again is
+    // answered as before.
+    let first = Some(Dot { actor: change.actor, seq: change.first_seq });
+    let answer = Answer::Written { first, results };
+    state.remember(id, &Remembered { executed, fingerprint, answer });
+    Ok(true)
 }
 
 /// Remembers the request that a change of another region carries out, so that a repeat of it here is
@@ -626,24 +657,32 @@ fn remember_change<S: ShardState>(
     state: &mut S,
     change: &Change,
     conflicts: &[bool],
+    now: HybridTime,
 ) -> Result<Option<RequestId>, S::Error> {
     let Some(request) = change.request else { return Ok(None) };
     if let Some(before) = state.remembered(request.id)? {
         if before.fingerprint != request.fingerprint {
             return Ok(Some(request.id));
         }
-        if before.failed_checks.is_empty() {
+        match before.answer {
             // This region took it, too, or heard of another that did: the first answer stays.
-            return Ok(None);
+            Answer::Written { .. } => return Ok(None),
+            // It could not be made here, but where it could the write stands.
+            Answer::ChecksFailed(_) | Answer::Refused(_) => {}
         }
-        // The checks did not hold here, but where they did the write stands.
     }
-    remember_heard(state, change, conflicts);
+    remember_heard(state, change, conflicts, now);
     Ok(None)
 }
 
-/// Remembers as the answer of a change's request what its origin answered, whatever was remembered.
-fn remember_heard<S: ShardState>(state: &mut S, change: &Change, conflicts: &[bool]) {
+/// Remembers as the answer of a change's request what its origin answered, whatever was remembered. Its age
+/// counts from when this region heard of it: a change may come late, or from a clock that is behind.
+fn remember_heard<S: ShardState>(
+    state: &mut S,
+    change: &Change,
+    conflicts: &[bool],
+    now: HybridTime,
+) {
     // What the origin had seen: of each key, what its record had, but for what a repair brought ahead.
     let mut context = change.seen().into_owned();
     let results = change.deltas.iter().zip(conflicts).map(|(delta, &conflict)| {
@@ -652,7 +691,9 @@ fn remember_heard<S: ShardState>(state: &mut S, change: &Change, conflicts: &[bo
         Written { dot, time, context: context.clone(), conflict, sum: None }
     });
     let results: Vec<Written> = results.collect();
-    remember(state, change.request, change.time(), &results, Vec::new());
+    let first = Some(Dot { actor: change.actor, seq: change.first_seq });
+    let answer = Answer::Written { first, results };
+    remember(state, change.request, change.time().max(now), answer);
 }
 
 /// Whether the log holds a different change under the same dots.

@@ -437,7 +437,7 @@ impl Feed {
 /// that holds has, in the end, what the region has, without comparing anything.
 pub fn is_current(written: &Sibling, record: Option<&Record>) -> bool {
     match written.content {
-        Content::Value { .. } | Content::Count(_) => record
+        Content::Value { .. } | Content::Count { .. } => record
             .is_some_and(|record| record.siblings().iter().any(|held| held.dot == written.dot)),
         Content::Tombstone | Content::Reset { .. } => record.is_none_or(Record::is_dead),
     }

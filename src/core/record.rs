@@ -119,7 +119,13 @@ pub enum Content {
     /// Nothing: the key was deleted.
     Tombstone,
     /// What one region has added to a counter.
-    Count(Count),
+    Count {
+        /// How much.
+        count: Count,
+        /// Additions that it took back, the earliest first: of each deletion that had seen one, and not
+        /// that it was taken back, it is known that there is nothing of it left to delete.
+        taken_back: Vec<TakenBack>,
+    },
     /// A deletion of what one region has added to a counter, as far as it had seen it.
     Reset {
         /// What it had seen.
@@ -139,6 +145,18 @@ pub struct Count {
     pub total: i64,
 }
 
+/// An addition to a counter that its region took back: another region's execution of the same request
+/// stands for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TakenBack {
+    /// No later than the sequence number of the addition, and later than what the region wrote before.
+    pub added: u64,
+    /// The sequence number of the write that took it back.
+    pub at: u64,
+    /// How much it had added.
+    pub by: i64,
+}
+
 impl Content {
     /// A value without expiry.
     pub fn value(data: impl Into<Bytes>) -> Self {
@@ -149,14 +167,14 @@ impl Content {
     pub fn live_at(&self, now: HybridTime) -> Option<&Bytes> {
         match self {
             Self::Value { data, expire } if expire.is_none_or(|expire| now < expire) => Some(data),
-            Self::Value { .. } | Self::Tombstone | Self::Count(_) | Self::Reset { .. } => None,
+            Self::Value { .. } | Self::Tombstone | Self::Count { .. } | Self::Reset { .. } => None,
         }
     }
 
     /// Whether there is something, expired or not, and not only the fact of a deletion.
     pub const fn is_present(&self) -> bool {
         match self {
-            Self::Value { .. } | Self::Count(_) => true,
+            Self::Value { .. } | Self::Count { .. } => true,
             Self::Tombstone | Self::Reset { .. } => false,
         }
     }
@@ -165,7 +183,8 @@ impl Content {
     pub(crate) fn bytes(&self) -> usize {
         match self {
             Self::Value { data, .. } => data.len() + 48,
-            Self::Tombstone | Self::Count(_) | Self::Reset { .. } => 48,
+            Self::Count { taken_back, .. } => 48 + taken_back.len() * 20,
+            Self::Tombstone | Self::Reset { .. } => 48,
         }
     }
 
@@ -181,9 +200,15 @@ impl Content {
                 writer.fixed64(expire.to_bits());
                 writer.bytes(data);
             }
-            Self::Count(count) => {
+            Self::Count { count, taken_back } if taken_back.is_empty() => {
                 writer.u8(3);
                 count.encode(writer);
+            }
+            Self::Count { count, taken_back } => {
+                writer.u8(5);
+                count.encode(writer);
+                writer.count(taken_back.len());
+                taken_back.iter().for_each(|it| it.encode(writer));
             }
             Self::Reset { count, upto } => {
                 writer.u8(4);
@@ -201,10 +226,32 @@ impl Content {
                 let expire = Some(HybridTime::from_bits(reader.fixed64()?));
                 Ok(Self::Value { data: reader.bytes()?, expire })
             }
-            3 => Ok(Self::Count(Count::decode(reader)?)),
+            3 => Ok(Self::Count { count: Count::decode(reader)?, taken_back: Vec::new() }),
             4 => Ok(Self::Reset { count: Count::decode(reader)?, upto: reader.varint()? }),
+            5 => {
+                let count = Count::decode(reader)?;
+                // One without any has another tag, so that equal contents have equal bytes.
+                let taken_back = match reader.count(10)? {
+                    0 => return Err(reader.invalid(0)),
+                    many => (0..many).map(|_| TakenBack::decode(reader)),
+                };
+                Ok(Self::Count { count, taken_back: taken_back.collect::<Result<_, _>>()? })
+            }
             tag => Err(reader.invalid(u64::from(tag))),
         }
+    }
+}
+
+impl TakenBack {
+    fn encode(self, writer: &mut Writer) {
+        writer.varint(self.added);
+        writer.varint(self.at);
+        writer.fixed64(self.by.cast_unsigned());
+    }
+
+    fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+        let (added, at) = (reader.varint()?, reader.varint()?);
+        Ok(Self { added, at, by: reader.fixed64()?.cast_signed() })
     }
 }
 
@@ -534,8 +581,8 @@ impl Record {
 fn outlives(incoming: &Sibling, held: &Sibling) -> bool {
     match (&held.content, &incoming.content) {
         (Content::Tombstone, _) => true,
-        (Content::Reset { count: of, .. }, Content::Count(count)) => of.since != count.since,
-        (Content::Reset { .. } | Content::Value { .. } | Content::Count(_), _) => false,
+        (Content::Reset { count: of, .. }, Content::Count { count, .. }) => of.since != count.since,
+        (Content::Reset { .. } | Content::Value { .. } | Content::Count { .. }, _) => false,
     }
 }
 

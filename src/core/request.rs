@@ -11,12 +11,16 @@
 //! compares it takes them for one ([`crate::Record::live_at`]).
 //!
 //! Invariants:
-//! * A tag depends on the request and on the place in it, so twins have the same one in all regions.
+//! * A tag depends on the request and on the key, and of several writes of a key on their order. So twins
+//!   have the same one in all regions, whatever else of the request was so already in one of them.
 //! * Two requests that ask for different things have different tags, even if a client gave both one
 //!   id by mistake: neither is hidden behind the other.
 //!
 //! Not here: how long requests are remembered (`tombolo-shard`, `collect`).
 
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
@@ -41,13 +45,13 @@ pub struct Requested {
 pub struct RequestTag(pub u64);
 
 impl Requested {
-    /// The tag of the write at `place`, counted from 0, among those of the request.
-    pub fn tag(&self, place: usize) -> RequestTag {
-        let mut bytes = [0; 32];
-        let parts = [self.id.client, self.id.number, self.fingerprint, place as u64];
-        for (held, part) in bytes.chunks_exact_mut(8).zip(parts) {
-            held.copy_from_slice(&part.to_le_bytes());
+    /// The tag of the request's write of `key`; of several the one at `place`, counted from 0.
+    fn tag(&self, key: &[u8], place: u64) -> RequestTag {
+        let mut bytes = Vec::with_capacity(32 + key.len());
+        for part in [self.id.client, self.id.number, self.fingerprint, place] {
+            bytes.extend(part.to_le_bytes());
         }
+        bytes.extend(key);
         RequestTag(xxh3_64(&bytes))
     }
 
@@ -60,6 +64,34 @@ impl Requested {
     pub(crate) fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
         let id = RequestId { client: reader.fixed64()?, number: reader.varint()? };
         Ok(Self { id, fingerprint: reader.fixed64()? })
+    }
+}
+
+/// Gives the writes of a change their tags, in order.
+#[derive(Debug, Default)]
+pub(crate) struct Tags {
+    request: Option<Requested>,
+    /// How often each key was written.
+    written: BTreeMap<Bytes, u64>,
+}
+
+impl Tags {
+    /// The tags of this request; none if there is none.
+    pub(crate) fn of(request: Option<Requested>) -> Self {
+        Self { request, written: BTreeMap::new() }
+    }
+
+    /// The request.
+    pub(crate) fn request(&self) -> Option<Requested> {
+        self.request
+    }
+
+    /// The tag of the next write, which is of `key`.
+    pub(crate) fn next(&mut self, key: &Bytes) -> Option<RequestTag> {
+        let request = self.request?;
+        let written = self.written.entry(key.clone()).or_default();
+        *written += 1;
+        Some(request.tag(key, *written - 1))
     }
 }
 
@@ -84,24 +116,29 @@ pub(crate) mod tests {
             id: RequestId { client, number },
             fingerprint,
         };
-        let tags =
-            [requested(7, 1, 2).tag(0), requested(7, 1, 2).tag(1), requested(7, 2, 2).tag(0)];
+        let tags = [
+            requested(7, 1, 2).tag(b"a", 0),
+            requested(7, 1, 2).tag(b"a", 1),
+            requested(7, 1, 2).tag(b"b", 0),
+        ];
         let found: Vec<String> = tags.iter().map(|tag| format!("{:#018x}", tag.0)).collect();
-        assert_eq!(found, ["0x33420feb774d5969", "0xf1f14d9af1eab8bf", "0xec363e7ae8ed0a0d"]);
+        assert_eq!(found, ["0x627b23cde2b8a04a", "0xb1b17c1320d16eab", "0x2ad81cb426b16458"]);
     }
 
     proptest! {
         #[test]
-        fn every_part_of_a_request_is_in_its_tag(requested in any_requested(), place in 0usize..9) {
+        fn every_part_of_a_request_is_in_its_tag(requested in any_requested(), place in 0u64..9) {
             let Requested { id: RequestId { client, number }, fingerprint } = requested;
             let others = [
                 Requested { id: RequestId { client: !client, number }, fingerprint },
                 Requested { id: RequestId { client, number: !number }, fingerprint },
                 Requested { id: RequestId { client, number }, fingerprint: !fingerprint },
             ];
-            let mut tags: BTreeSet<RequestTag> = others.iter().map(|it| it.tag(place)).collect();
-            tags.extend([requested.tag(place), requested.tag(place + 1)]);
-            prop_assert_eq!(tags.len(), 5);
+            let of = |it: &Requested| it.tag(b"k", place);
+            let mut tags: BTreeSet<RequestTag> = others.iter().map(of).collect();
+            let more = [requested.tag(b"k", place), requested.tag(b"k", place + 1)];
+            tags.extend(more.into_iter().chain([requested.tag(b"j", place)]));
+            prop_assert_eq!(tags.len(), 6);
         }
     }
 }

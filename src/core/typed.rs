@@ -18,7 +18,8 @@
 //! * A counter is exact: no addition is lost or counted twice, whatever is deleted concurrently. Each
 //!   region's share is cumulative and only that region writes it; a deletion leaves a
 //!   [`Content::Reset`] that says how much of it it had seen. Of two regions that took one request the
-//!   one with the higher number takes its addition back when it hears of the other's.
+//!   one with the higher number takes its addition back when it hears of the other's: the other's stands
+//!   unless a deletion had seen that, and its own is gone whatever a deletion had seen.
 //! * A value that is no larger than the maximum that is held changes nothing, not even if that maximum
 //!   is being deleted elsewhere.
 //!
@@ -37,14 +38,20 @@ use crate::{
     element::{self, Element, Kind, Part},
     execute::{Replaced, ShardState, Writing},
     hlc::HybridTime,
-    id::Dot,
+    id::{Actor, Dot},
     ledger::Cause,
-    record::{Content, Count, Delta, PushedOut, Record, Rule, Sibling},
+    record::{Content, Count, Delta, PushedOut, Record, Rule, Sibling, TakenBack},
     vector::VersionVector,
 };
 
-/// Most elements that one deletion takes away at once: it is one entry of the log.
-pub const CLEAR_ELEMENTS_MAX: usize = 4096;
+/// Most elements that one write changes, a deletion's included: it is one entry of the log, here and in every
+/// region that applies it.
+pub const ELEMENTS_MAX: usize = 4096;
+/// Bytes that these may have beside what the request itself has.
+pub(crate) const ELEMENT_BYTES_MAX: usize = 4 << 20;
+/// Most additions that a share remembers to have taken back. Of an earlier one a deletion that had seen it,
+/// and not that it was taken back, takes away too much.
+const TAKEN_BACK_MAX: usize = 32;
 /// Regions, in all their lives, that add to one counter. No more exist.
 const SHARES_MAX: usize = 1024;
 
@@ -145,6 +152,39 @@ pub struct Refused {
     pub refusal: Refusal,
 }
 
+impl Refused {
+    pub(crate) fn encode(self, writer: &mut Writer) {
+        writer.count(self.mutation);
+        match self.refusal {
+            Refusal::NotOfRule => writer.u8(0),
+            Refusal::Overflow => writer.u8(1),
+            Refusal::OtherKind(None) => writer.u8(2),
+            Refusal::OtherKind(Some(kind)) => {
+                writer.u8(3);
+                writer.u8(kind.tag());
+            }
+            Refusal::TooManyElements => writer.u8(4),
+        }
+    }
+
+    pub(crate) fn decode(reader: &mut Reader) -> Result<Self, DecodeError> {
+        let mutation = reader.u32()? as usize;
+        let refusal = match reader.u8()? {
+            0 => Refusal::NotOfRule,
+            1 => Refusal::Overflow,
+            2 => Refusal::OtherKind(None),
+            3 => {
+                let tag = reader.u8()?;
+                let kind = Kind::from_tag(tag).ok_or_else(|| reader.invalid(u64::from(tag)))?;
+                Refusal::OtherKind(Some(kind))
+            }
+            4 => Refusal::TooManyElements,
+            tag => return Err(reader.invalid(u64::from(tag))),
+        };
+        Ok(Self { mutation, refusal })
+    }
+}
+
 /// Why a mutation cannot be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
@@ -202,27 +242,32 @@ pub(crate) fn mutate<S: ShardState>(
     let kind = part.kind();
     let key = mutation.element(part).to_key();
     let record = writing.record(&key)?;
-    let replaced = replaced(&record, kind, mutation.context.as_ref());
+    let replaced = replaced(&record, kind, &content, writing.actor(), mutation.context.as_ref());
     let mut done = writing.write(record, key, content, replaced, time);
     done.conflict &= kind == Kind::Register;
     Ok(Ok(done))
 }
 
-/// What a write of an element takes the place of. Of a register a reader sees one assignment; the others
-/// go unseen, and so into the ledger.
-fn replaced(record: &Record, kind: Kind, context: Option<&VersionVector>) -> Replaced {
-    let all = record.superseded_by(context);
-    if kind != Kind::Register {
-        return Replaced { supersedes: all, pushed_out: PushedOut::default() };
-    }
-    let shown = latest_of(record).map(|(held, _)| held);
-    let held = |dot: &Dot| record.siblings().iter().find(|held| held.dot == *dot);
-    let is_hidden = |dot: &Dot| {
-        let (Some(shown), Some(held)) = (shown, held(dot)) else { return false };
-        held.dot != shown.dot && !held.is_twin_of(shown)
+/// What a write of an element takes the place of: what `context` has seen, and of a value what the region
+/// itself wrote before. So an element has no more than one value of each region, whatever contexts it is
+/// written with. Of a register a reader sees one assignment; the others go unseen, and so into the ledger.
+fn replaced(
+    record: &Record,
+    kind: Kind,
+    content: &Content,
+    local: Actor,
+    context: Option<&VersionVector>,
+) -> Replaced {
+    let seen = record.superseded_by(context);
+    let is_own = |held: &Sibling| content.is_present() && held.dot.actor == local;
+    let shown = latest_of(record).map(|(held, _)| held).filter(|_| kind == Kind::Register);
+    let is_unseen = |held: &Sibling| {
+        shown.is_some_and(|shown| held.dot != shown.dot && !held.is_twin_of(shown))
     };
-    let (dots, supersedes) = all.into_iter().partition(is_hidden);
-    Replaced { supersedes, pushed_out: PushedOut::of(dots, Cause::Rule) }
+    let goes = record.siblings().iter().filter(|it| seen.contains(&it.dot) || is_own(it));
+    let (unseen, replaced): (Vec<&Sibling>, Vec<&Sibling>) = goes.partition(|it| is_unseen(it));
+    let dots = |of: Vec<&Sibling>| of.into_iter().map(|held| held.dot).collect();
+    Replaced { supersedes: dots(replaced), pushed_out: PushedOut::of(dots(unseen), Cause::Rule) }
 }
 
 impl Mutation {
@@ -342,41 +387,116 @@ fn add<S: ShardState>(
     let shares = element::prefix_of(&mutation.key, &mutation.path, Kind::Counter);
     let held = writing.elements(&shares, element::end_of(&shares), SHARES_MAX)?;
     let before: i128 = held.iter().map(|(_, record)| share(record)).sum();
-    let Ok(sum) = i64::try_from(before + i128::from(by)) else {
-        return Ok(Err(Refusal::Overflow));
+    let after = before + i128::from(by);
+    let sum = match i64::try_from(after) {
+        Ok(sum) => sum,
+        // Regions that added at the same time have left the range: back towards it is allowed.
+        Err(_) if after.abs() < before.abs() => {
+            if after < 0 {
+                i64::MIN
+            } else {
+                i64::MAX
+            }
+        }
+        Err(_) => return Ok(Err(Refusal::Overflow)),
     };
     let key = mutation.element(Part::Share(writing.actor())).to_key();
     let record = writing.record(&key)?;
-    let (count, supersedes): (_, Vec<Dot>) = match count_of(&record) {
-        Some((dot, held)) => {
-            let Some(total) = held.total.checked_add(by) else {
+    let share = match count_of(&record) {
+        Some(held) => {
+            let Some(total) = held.count.total.checked_add(by) else {
                 return Ok(Err(Refusal::Overflow));
             };
-            // What was deleted of it stays noted, as far as it counts.
-            let counts = reset_of(&record, held.since).map(|(dot, _)| dot);
-            let spent = record.siblings().iter().map(|held| held.dot);
-            let spent = spent.filter(|it| *it != dot && Some(*it) != counts);
-            (Count { total, ..held }, std::iter::once(dot).chain(spent).collect())
+            Share { count: Count { total, ..held.count }, ..held }
         }
         None => {
-            let since = writing.next_dot().seq;
-            (Count { since, total: by }, record.superseded_by(None))
+            let dot = writing.next_dot();
+            let count = Count { since: dot.seq, total: by };
+            Share { dot, count, taken_back: Vec::new() }
         }
     };
-    let replaced = Replaced { supersedes, ..Replaced::default() };
-    let mut done = writing.write(record, key, Content::Count(count), replaced, time);
+    let mut done = write_share(writing, record, key, share, time);
     (done.sum, done.conflict) = (Some(sum), false);
     Ok(Ok(done))
 }
 
-/// What a region added to a counter with a delta, as the mutation that takes it back; `record` is what was
-/// held before it.
-pub(crate) fn addition(record: &Record, delta: &Delta) -> Option<Mutation> {
-    let Content::Count(count) = delta.sibling.content else { return None };
-    let Element { key, path, .. } = Element::from_key(&delta.key)?;
-    let before = count_of(record).filter(|(_, held)| held.since == count.since);
-    let by = before.map_or(0, |(_, held)| held.total).checked_sub(count.total)?;
-    Some(Mutation { key, path, action: Action::Add(by), context: None })
+/// Writes a region's own share, in place of what `record` holds of it.
+fn write_share<S: ShardState>(
+    writing: &mut Writing<'_, S>,
+    record: Record,
+    key: Bytes,
+    share: Share,
+    time: HybridTime,
+) -> Mutated {
+    let Share { count, mut taken_back, .. } = share;
+    // What was deleted of it stays noted, as far as it counts.
+    let counts = reset_of(&record, count.since);
+    taken_back.retain(|it| counts.as_ref().is_none_or(|reset| reset.upto < it.at));
+    let above = taken_back.len().saturating_sub(TAKEN_BACK_MAX);
+    taken_back.drain(..above);
+    let dots = record.siblings().iter().map(|held| held.dot);
+    let supersedes = dots.filter(|dot| counts.as_ref().is_none_or(|it| it.dot != *dot)).collect();
+    let replaced = Replaced { supersedes, ..Replaced::default() };
+    writing.write(record, key, Content::Count { count, taken_back }, replaced, time)
+}
+
+/// What a change of another region added to a counter.
+pub(crate) struct Addition {
+    /// The user's key.
+    key: Bytes,
+    path: Vec<Bytes>,
+    by: i64,
+}
+
+/// Notes in `added` what a delta adds to a counter; `record` is what was held before it.
+pub(crate) fn note_addition(added: &mut Vec<Addition>, record: &Record, delta: &Delta) {
+    let Some(Element { key, path, part: Part::Share(actor) }) = Element::from_key(&delta.key)
+    else {
+        return;
+    };
+    match &delta.sibling.content {
+        // A repair brought it before, with what came after it.
+        Content::Count { .. } if record.context().covers(delta.sibling.dot) => {}
+        Content::Count { count, .. } => {
+            let held = count_of(record).filter(|held| held.count.since == count.since);
+            // What a deletion had seen last is what there was, if that is not held any more.
+            let before = held.map(|held| held.count.total);
+            let before = before.or_else(|| reset_of(record, count.since).map(|it| it.total));
+            if let Some(by) = count.total.checked_sub(before.unwrap_or(0)) {
+                added.push(Addition { key, path, by });
+            }
+        }
+        // What it had added before, it has deleted.
+        Content::Reset { .. } if actor == delta.sibling.dot.actor => {
+            added.retain(|it| (&it.key, &it.path) != (&key, &path));
+        }
+        Content::Reset { .. } | Content::Value { .. } | Content::Tombstone => {}
+    }
+}
+
+/// Takes back an addition of this region, which it made with a change whose writes are `first` to `last`.
+/// What a deletion has taken away is not taken back as well.
+pub(crate) fn take_back<S: ShardState>(
+    writing: &mut Writing<'_, S>,
+    addition: Addition,
+    (first, last): (u64, u64),
+    time: HybridTime,
+) -> Result<(), S::Error> {
+    let Addition { key, path, by } = addition;
+    let element = Element { key, path, part: Part::Share(writing.actor()) };
+    let key = element.to_key();
+    let record = writing.record(&key)?;
+    let Some(mut share) = count_of(&record) else { return Ok(()) };
+    // What leaves the range of a sum stays; there is no number to take it back to.
+    let Some(total) = share.count.total.checked_sub(by) else { return Ok(()) };
+    let upto = reset_of(&record, share.count.since).map_or(0, |reset| reset.upto);
+    if share.count.since > last || upto >= first {
+        return Ok(());
+    }
+    share.count.total = total;
+    share.taken_back.push(TakenBack { added: first, at: writing.next_dot().seq, by });
+    write_share(writing, record, key, share, time);
+    Ok(())
 }
 
 /// Raises a maximum or lowers a minimum. What is not beyond the extreme that is held writes nothing.
@@ -394,8 +514,8 @@ fn extreme<S: ShardState>(
     {
         return Ok(Mutated { dot: held.dot, time: held.time, conflict: false, sum: None });
     }
-    let replaced = replaced(&record, kind, mutation.context.as_ref());
     let content = Content::value(data.clone());
+    let replaced = replaced(&record, kind, &content, writing.actor(), mutation.context.as_ref());
     let done = writing.write(record, key, content, replaced, time);
     Ok(Mutated { conflict: false, ..done })
 }
@@ -407,23 +527,25 @@ fn clear<S: ShardState>(
 ) -> Result<Result<Mutated, Refusal>, S::Error> {
     let Mutation { key, path, context, .. } = mutation;
     let under = element::prefix(key, path);
-    let held = writing.elements(&under, element::end_of(&under), CLEAR_ELEMENTS_MAX + 1)?;
-    if held.len() > CLEAR_ELEMENTS_MAX {
+    let held = writing.elements(&under, element::end_of(&under), ELEMENTS_MAX + 1)?;
+    if held.len() > ELEMENTS_MAX {
         return Ok(Err(Refusal::TooManyElements));
     }
     let mut done = None;
     for (key, record) in held {
         let content = match count_of(&record) {
             // A part of a sum that has grown since cannot be told from the rest: all of it stays.
-            Some((dot, _)) if context.as_ref().is_some_and(|seen| !seen.covers(dot)) => continue,
-            Some((dot, count)) => Content::Reset { count, upto: dot.seq },
+            Some(Share { dot, .. }) if context.as_ref().is_some_and(|seen| !seen.covers(dot)) => {
+                continue;
+            }
+            Some(Share { dot, count, .. }) => Content::Reset { count, upto: dot.seq },
             None => Content::Tombstone,
         };
         let replaced = match (&content, kind_of(&key)) {
             (Content::Reset { .. }, _) | (_, None) => {
                 Replaced { supersedes: record.superseded_by(None), ..Replaced::default() }
             }
-            (_, Some(kind)) => replaced(&record, kind, context.as_ref()),
+            (_, Some(kind)) => replaced(&record, kind, &content, writing.actor(), context.as_ref()),
         };
         if !(replaced.supersedes.is_empty() && replaced.pushed_out.dots.is_empty()) {
             done = Some(writing.write(record, key, content, replaced, time));
@@ -441,30 +563,51 @@ fn clear<S: ShardState>(
     Ok(Ok(writing.write(record, key, Content::Tombstone, Replaced::default(), time)))
 }
 
-/// The count that a share holds, and the addition that made it so.
-fn count_of(record: &Record) -> Option<(Dot, Count)> {
-    record.siblings().iter().rev().find_map(|held| match held.content {
-        Content::Count(count) => Some((held.dot, count)),
+/// What a region's share of a counter holds.
+struct Share {
+    /// The addition that made it so.
+    dot: Dot,
+    count: Count,
+    taken_back: Vec<TakenBack>,
+}
+
+/// A deletion of a share, as far as it had seen it.
+struct Seen {
+    dot: Dot,
+    total: i64,
+    upto: u64,
+}
+
+fn count_of(record: &Record) -> Option<Share> {
+    record.siblings().iter().rev().find_map(|held| match &held.content {
+        Content::Count { count, taken_back } => {
+            Some(Share { dot: held.dot, count: *count, taken_back: taken_back.clone() })
+        }
         Content::Value { .. } | Content::Tombstone | Content::Reset { .. } => None,
     })
 }
 
-/// The reset that has seen most of the count that begins at `since`, and what it had seen of it.
-fn reset_of(record: &Record, since: u64) -> Option<(Dot, i64)> {
+/// The reset that has seen most of the count that begins at `since`.
+fn reset_of(record: &Record, since: u64) -> Option<Seen> {
     let resets = record.siblings().iter().filter_map(|held| match held.content {
         Content::Reset { count, upto } if count.since == since => {
-            Some((upto, held.dot, count.total))
+            Some(Seen { dot: held.dot, total: count.total, upto })
         }
         _ => None,
     });
-    resets.max_by_key(|(upto, dot, _)| (*upto, *dot)).map(|(_, dot, total)| (dot, total))
+    resets.max_by_key(|reset| (reset.upto, reset.dot))
 }
 
 /// What a share adds to its counter: the additions that no deletion had seen.
 fn share(record: &Record) -> i128 {
-    let Some((_, count)) = count_of(record) else { return 0 };
-    let seen = reset_of(record, count.since).map_or(0, |(_, total)| total);
-    i128::from(count.total) - i128::from(seen)
+    let Some(Share { count, taken_back, .. }) = count_of(record) else { return 0 };
+    let Some(Seen { total, upto, .. }) = reset_of(record, count.since) else {
+        return i128::from(count.total);
+    };
+    // The deletion had seen additions that are not part of the total any more.
+    let gone = taken_back.iter().filter(|it| it.added <= upto && upto < it.at);
+    let gone: i128 = gone.map(|it| i128::from(it.by)).sum();
+    i128::from(count.total) - (i128::from(total) - gone)
 }
 
 fn is_beyond(kind: Kind, data: &Bytes, present: &Bytes) -> bool {

@@ -40,4 +40,4 @@ pub use status::{
 pub use wire::link_identity;
 
 /// The version of the link protocol that this build speaks.
-pub const LINK_PROTOCOL: u32 = 3;
+pub const LINK_PROTOCOL: u32 = 4;

@@ -20,7 +20,7 @@ use prost_types::Timestamp;
 use tokio::time::Instant;
 use tombolo_core::{
     Content, Dot, HybridTime, NamespaceId, RegionId, RequestId, Rule, VersionVector,
-    command::{Check, Condition, Operation, Written},
+    command::{Answer, Check, Condition, Operation, Written},
     element::{self, Element},
     ledger::{Cause, LedgerEntry, LedgerHead, LedgerId, Noted},
     namespace::Namespace,
@@ -273,7 +273,7 @@ impl ConflictApi {
     fn version(&self, dot: Dot, time: HybridTime, content: Option<&Content>) -> pb::Version {
         let (data, expire) = match content {
             Some(Content::Value { data, expire }) => (Some(data.clone()), *expire),
-            Some(Content::Tombstone | Content::Count(_) | Content::Reset { .. }) | None => {
+            Some(Content::Tombstone | Content::Count { .. } | Content::Reset { .. }) | None => {
                 (None, None)
             }
         };
@@ -394,7 +394,8 @@ impl ConflictApi {
         if let Some(id) = *request
             && let Some(before) =
                 shard.store().remembered(id).map_err(|error| to_status(error.into()))?
-            && let Some(written) = before.results.first().and_then(|result| held(result.dot))
+            && let Answer::Written { results, .. } = before.answer
+            && let Some(written) = results.first().and_then(|result| held(result.dot))
         {
             return Ok(written.content.clone());
         }

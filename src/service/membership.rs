@@ -230,7 +230,7 @@ impl RegionApi {
                     }
                     let (is_delete, data) = match held.content {
                         Content::Tombstone | Content::Reset { .. } => (true, bytes::Bytes::new()),
-                        Content::Count(_) => (false, bytes::Bytes::new()),
+                        Content::Count { .. } => (false, bytes::Bytes::new()),
                         Content::Value { data, .. } => (false, data),
                     };
                     bytes += key.len() + data.len();

@@ -470,7 +470,7 @@ fn live_entry(
                 .map_err(|error| of_token_error(Reason::StorageFailed, &error))?;
             Ok((namespace, sibling.dot))
         }
-        Content::Tombstone | Content::Count(_) | Content::Reset { .. } => Err(absent()),
+        Content::Tombstone | Content::Count { .. } | Content::Reset { .. } => Err(absent()),
     }
 }
 
@@ -479,7 +479,7 @@ fn decode_next_id(content: &Content) -> Result<NamespaceId, Status> {
         Content::Value { data, .. } => {
             std::str::from_utf8(data).ok().and_then(|text| text.parse().ok())
         }
-        Content::Tombstone | Content::Count(_) | Content::Reset { .. } => None,
+        Content::Tombstone | Content::Count { .. } | Content::Reset { .. } => None,
     };
     number
         .map(NamespaceId)

@@ -316,7 +316,7 @@ impl From<Status> for ReadError {
 pub(crate) fn data_bytes(record: &Record) -> usize {
     let bytes = |content: &Content| match content {
         Content::Value { data, .. } => data.len() + 16,
-        Content::Tombstone | Content::Count(_) | Content::Reset { .. } => 32,
+        Content::Tombstone | Content::Count { .. } | Content::Reset { .. } => 32,
     };
     record.siblings().iter().map(|held| bytes(&held.content)).sum()
 }
@@ -407,7 +407,10 @@ pub(crate) fn of_refused(rule: Rule, mutations: &[Mutation], refused: Refused) -
             Reason::TypeMismatch.status(format!("{text}; delete that first"), &metadata)
         }
         Refusal::TooManyElements => Reason::TooManyElements.status(
-            at(format!("more than {} elements to delete", tombolo_core::typed::CLEAR_ELEMENTS_MAX)),
+            at(format!(
+                "more than {} elements, or too many bytes of them, are changed at once",
+                tombolo_core::typed::ELEMENTS_MAX
+            )),
             &metadata,
         ),
     }

@@ -212,6 +212,6 @@ impl Shard {
 const fn bytes_of(content: &Content) -> usize {
     match content {
         Content::Value { data, .. } => data.len(),
-        Content::Tombstone | Content::Count(_) | Content::Reset { .. } => 0,
+        Content::Tombstone | Content::Count { .. } | Content::Reset { .. } => 0,
     }
 }

@@ -162,7 +162,7 @@ fn expiring(record: &Record) -> Vec<Expiring> {
         Content::Value { expire: Some(at), .. } => Some(Expiring { at, dot: held.dot }),
         Content::Value { expire: None, .. }
         | Content::Tombstone
-        | Content::Count(_)
+        | Content::Count { .. }
         | Content::Reset { .. } => None,
     };
     record.siblings().iter().filter_map(value).collect()

@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// The layout and value formats that this version writes.
-pub const FORMAT_VERSION: u32 = 4;
+pub const FORMAT_VERSION: u32 = 5;
 
 const OPEN_FILES_MAX: i32 = 256;
 const BLOCK_BYTES: usize = 8 << 10;

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use tombolo::node::Node;
 use tombolo_core::{
     Actor, NamespaceId, RegionId, ShardId, VersionVector,
-    token::{SessionToken, TokenKey, encode_context},
+    token::{SessionToken, TokenKey, encode_context, encode_page},
 };
 use tombolo_proto::{
     internal::v1::{
@@ -30,7 +30,7 @@ fn put(key: impl Into<Bytes>, value: impl Into<Bytes>) -> pb::PutRequest {
     pb::PutRequest {
         namespace: "default".to_owned(),
         key: key.into(),
-        value: Some(pb::Value { kind }),
+        value: Some(pb::Value { kind, ..Default::default() }),
         ..Default::default()
     }
 }
@@ -69,6 +69,10 @@ async fn each_bad_request_has_its_own_reason_and_changes_nothing() {
         ),
         (pb::PutRequest { session_token: foreign, ..put("k", "v") }, Reason::SessionTokenInvalid),
         (
+            pb::PutRequest { session_token: vec![0x22; (1 << 20) + 1].into(), ..put("k", "v") },
+            Reason::SessionTokenTooLarge,
+        ),
+        (
             pb::PutRequest {
                 request_id: Some(pb::RequestId { client: 0, number: 1 }),
                 ..put("k", "v")
@@ -85,7 +89,10 @@ async fn each_bad_request_has_its_own_reason_and_changes_nothing() {
         (pb::PutRequest { ack_regions: 1, ..put("k", "v") }, Reason::AckRegionsTooMany),
         (
             pb::PutRequest {
-                value: Some(pb::Value { kind: Some(pb::value::Kind::Counter(1)) }),
+                value: Some(pb::Value {
+                    kind: Some(pb::value::Kind::Counter(1)),
+                    ..Default::default()
+                }),
                 ..put("k", "v")
             },
             Reason::TypeMismatch,
@@ -101,8 +108,11 @@ async fn each_bad_request_has_its_own_reason_and_changes_nothing() {
         page_token: "noise".into(),
         ..Default::default()
     };
-    let refused = kv.scan(scan).await.unwrap_err();
+    let refused = kv.scan(scan.clone()).await.unwrap_err();
     assert_eq!(reason(&refused), Reason::PageTokenInvalid);
+    let page_token = encode_page(&key, 7, b"k");
+    let refused = kv.scan(pb::ScanRequest { page_token, ..scan }).await.unwrap_err();
+    assert_eq!(reason(&refused), Reason::PageTokenMismatch);
     let everything = pb::ScanRequest { namespace: "default".into(), ..Default::default() };
     let mut pages = kv.scan(everything).await.unwrap().into_inner();
     let page = pages.message().await.unwrap().unwrap();
@@ -153,7 +163,7 @@ async fn strangers_on_the_link_and_raft_ports_are_told_what_differs() {
         to_region: "us".into(),
         from_region_number: 2,
         shard_count: 2,
-        protocol: 3,
+        protocol: 4,
         from_incarnation: 1,
         from_joining: false,
     };

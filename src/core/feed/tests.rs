@@ -282,7 +282,7 @@ impl Watcher {
         match written.content {
             Content::Value { .. } => self.plain.insert(key.clone(), written.dot),
             Content::Tombstone => self.plain.remove(key),
-            Content::Count(_) | Content::Reset { .. } => unreachable!("of a typed rule"),
+            Content::Count { .. } | Content::Reset { .. } => unreachable!("of a typed rule"),
         };
     }
 

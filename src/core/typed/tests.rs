@@ -13,6 +13,7 @@ use crate::{
     command::{Collect, Command, Ingest, Outcome, Write, Written},
     execute,
     id::{Actor, NamespaceId, RegionId, RequestId},
+    ledger::LedgerEntry,
     members::Members,
     testing::{MemoryRepair, MemoryState},
     vector::tests::any_vector,
@@ -49,6 +50,16 @@ pub(crate) fn any_mutation() -> impl Strategy<Value = Mutation> {
     let path = prop::collection::vec(part(), 0..3);
     (part(), path, action, prop::option::of(any_vector()))
         .prop_map(|(key, path, action, context)| Mutation { key, path, action, context })
+}
+
+pub(crate) fn any_refusal() -> impl Strategy<Value = Refusal> {
+    let kind = prop::option::of(prop::sample::select(Kind::ALL.to_vec()));
+    prop_oneof![
+        Just(Refusal::NotOfRule),
+        Just(Refusal::Overflow),
+        kind.prop_map(Refusal::OtherKind),
+        Just(Refusal::TooManyElements),
+    ]
 }
 
 /// A region: its state, and the region's number.
@@ -237,6 +248,93 @@ fn a_request_that_several_regions_took_counts_once() {
     }
 }
 
+const REQUEST: Option<RequestId> = Some(RequestId { client: 7, number: 1 });
+
+#[test]
+fn a_deletion_that_had_seen_a_request_twice_leaves_nothing_of_it() {
+    let [mut us, mut eu, mut ap] = [1, 2, 3].map(|number| Region::new(number, Rule::Counter));
+    us.request(REQUEST, vec![on("k", &[], Action::Add(5))]);
+    eu.request(REQUEST, vec![on("k", &[], Action::Add(5))]);
+    ap.pull(&us);
+    ap.pull(&eu);
+    ap.mutate(on("k", &[], Action::Clear));
+    eu.pull(&us);
+    for _ in 0..2 {
+        meet(&mut eu, &mut ap);
+        meet(&mut us, &mut eu);
+    }
+    assert_eq!(us.read("k", &[]), [Value::Counter(0)]);
+    assert_eq!(ap.mutate(on("k", &[], Action::Add(1))).sum, Some(1));
+}
+
+#[test]
+fn what_a_request_found_to_be_so_does_not_hide_that_it_was_taken_twice() {
+    let (mut us, mut eu) = pair(Rule::Map);
+    us.mutate(on("k", &["best"], Action::Maximum(bytes("9"))));
+    meet(&mut us, &mut eu);
+    let asked = || {
+        let best = on("k", &["best"], Action::Maximum(bytes("5")));
+        vec![best, on("k", &["visits"], Action::Add(1))]
+    };
+    us.request(REQUEST, asked());
+    let first = eu.request(REQUEST, asked());
+    // Twice: what a region takes back must be heard of, too.
+    us.pull(&eu);
+    eu.pull(&us);
+    meet(&mut us, &mut eu);
+    assert_eq!(us.read("k", &["visits"]), [Value::Counter(1)]);
+    assert_eq!(eu.request(REQUEST, asked()), first, "each region answers what it answered first");
+}
+
+#[test]
+fn a_deletion_before_a_request_comes_is_not_taken_back_with_it() {
+    let (mut us, mut eu) = pair(Rule::Counter);
+    us.mutate(on("k", &[], Action::Add(100)));
+    meet(&mut us, &mut eu);
+    eu.request(REQUEST, vec![on("k", &[], Action::Add(5))]);
+    eu.mutate(on("k", &[], Action::Clear));
+    us.request(REQUEST, vec![on("k", &[], Action::Add(5))]);
+    meet(&mut us, &mut eu);
+    // The deletion had not seen the one that stands.
+    assert_eq!(us.read("k", &[]), [Value::Counter(5)]);
+}
+
+#[test]
+fn what_was_refused_stays_refused_when_it_is_repeated() {
+    let mut us = Region::new(1, Rule::Counter);
+    us.mutate(on("k", &[], Action::Add(i64::MAX)));
+    let again = || vec![on("k", &[], Action::Add(1))];
+    let refused = us.request(REQUEST, again());
+    assert!(matches!(refused, Outcome::Refused(_)));
+    us.mutate(on("k", &[], Action::Add(-10)));
+    assert_eq!(us.request(REQUEST, again()), refused);
+}
+
+#[test]
+fn an_element_has_one_value_of_each_region_whatever_contexts_it_is_written_with() {
+    let (mut us, mut eu) = pair(Rule::Map);
+    let stale = Some(VersionVector::new());
+    let write = |region: &mut Region, field: &str, action: Action| {
+        let mutation = on("k", &[field], action);
+        region.mutate(Mutation { context: stale.clone(), ..mutation });
+    };
+    for number in 0..20 {
+        for region in [&mut us, &mut eu] {
+            write(region, "tags", Action::Insert(bytes("x")));
+            write(region, "vip", Action::Enable);
+            write(region, "name", Action::Assign(bytes(&format!("{number}"))));
+            write(region, "best", Action::Maximum(bytes(&format!("{number:02}"))));
+        }
+    }
+    meet(&mut us, &mut eu);
+    for record in us.state.records.values() {
+        assert_eq!(record.siblings().len(), 2);
+    }
+    // Of the assignments of each region the last is held, and the others are lost.
+    assert_eq!(us.state.ledger.len(), 0, "each was replaced by whoever wrote it");
+    assert_eq!(us.read("k", &["best"]), [Value::Data(bytes("19"))]);
+}
+
 #[test]
 fn what_is_left_of_a_deleted_counter_is_collected() {
     let (mut us, mut eu) = pair(Rule::Counter);
@@ -265,7 +363,10 @@ fn a_sum_beyond_64_bits_is_refused_and_changes_nothing() {
     eu.mutate(on("k", &[], Action::Add(i64::MAX)));
     meet(&mut us, &mut eu);
     assert_eq!(us.read("k", &[]), [Value::Counter(2 * i128::from(i64::MAX))]);
-    assert_eq!(us.mutate(on("k", &[], Action::Add(-i64::MAX))).sum, Some(i64::MAX));
+    assert_eq!(us.refuse(on("k", &[], Action::Add(1))), Refusal::Overflow);
+    let back = us.mutate(on("k", &[], Action::Add(-1)));
+    assert_eq!(back.sum, Some(i64::MAX), "the end of the range that it is beyond");
+    assert_eq!(us.mutate(on("k", &[], Action::Add(1 - i64::MAX))).sum, Some(i64::MAX));
 }
 
 #[test]
@@ -313,7 +414,11 @@ fn a_context_says_what_a_removal_has_seen() {
 fn too_much_to_delete_at_once_is_refused() {
     let mut us = Region::new(1, Rule::Set);
     let insert = |n: usize| on("k", &[], Action::Insert(bytes(&n.to_string())));
-    us.run((0..=CLEAR_ELEMENTS_MAX).map(insert).collect());
+    let one_more = (0..=ELEMENTS_MAX).map(insert).collect();
+    let Outcome::Refused(refused) = us.run(one_more) else { panic!("not refused") };
+    assert_eq!(refused, Refused { mutation: ELEMENTS_MAX, refusal: Refusal::TooManyElements });
+    us.run((0..ELEMENTS_MAX).map(insert).collect());
+    us.mutate(insert(ELEMENTS_MAX));
     assert_eq!(us.refuse(on("k", &[], Action::Clear)), Refusal::TooManyElements);
     us.mutate(on("k", &[], Action::Remove(bytes("7"))));
     us.mutate(on("k", &[], Action::Clear));
@@ -457,6 +562,9 @@ struct Did {
     seen: VersionVector,
     path: Vec<Bytes>,
     action: Action,
+    request: Option<u64>,
+    /// Additions of the region's own that another's stand for.
+    takes_back: Vec<Dot>,
 }
 
 impl Did {
@@ -479,8 +587,11 @@ fn meaning(done: &[&Did], path: &[Bytes]) -> BTreeMap<Kind, Value> {
     let mut shown = BTreeMap::new();
 
     let added: Vec<&&Did> = here(Kind::Counter).filter(|it| !is_cleared(it)).collect();
-    let sum =
-        added.iter().map(|it| if let Action::Add(by) = it.action { i128::from(by) } else { 0 });
+    let is_taken_back = |it: &Did| done.iter().any(|other| other.takes_back.contains(&it.dot));
+    let sum = added.iter().map(|it| match it.action {
+        Action::Add(by) if !is_taken_back(it) => i128::from(by),
+        _ => 0,
+    });
     if !added.is_empty() {
         shown.insert(Kind::Counter, Value::Counter(sum.sum()));
     }
@@ -542,6 +653,8 @@ fn meaning(done: &[&Did], path: &[Bytes]) -> BTreeMap<Kind, Value> {
 #[derive(Clone, Debug)]
 enum Step {
     Do(usize, Vec<(usize, usize, usize)>),
+    /// A client tries one of a few requests.
+    Try(usize, usize),
     Pull(usize, usize),
     Repair(usize, usize),
     Collect(usize),
@@ -552,12 +665,22 @@ fn any_program() -> impl Strategy<Value = (Rule, Vec<Step>)> {
     let ops = prop::collection::vec((0usize..9, 0usize..4, 0usize..3), 1..4);
     let step = prop_oneof![
         6 => (0usize..3, ops).prop_map(|(at, ops)| Step::Do(at, ops)),
+        2 => (0usize..3, 0..REQUESTS.len()).prop_map(|(at, number)| Step::Try(at, number)),
         4 => (0usize..3, 0usize..3).prop_map(|(at, from)| Step::Pull(at, from)),
         1 => (0usize..3, 0usize..3).prop_map(|(at, from)| Step::Repair(at, from)),
         1 => (0usize..3).prop_map(Step::Collect),
     ];
     (prop::sample::select(typed), prop::collection::vec(step, 1..40))
 }
+
+/// What clients ask for under an id. Where a maximum is held already, the first operation of the second
+/// writes nothing.
+const REQUESTS: [&[(usize, usize, usize)]; 4] = [
+    &[(0, 0, 2)],
+    &[(6, 1, 1), (0, 0, 0)],
+    &[(0, 0, 1), (8, 0, 0), (0, 0, 2)],
+    &[(0, 1, 0), (1, 3, 0)],
+];
 
 const PATHS: [&[&str]; 4] = [&["a"], &["b"], &["a", "x"], &["c", "y"]];
 
@@ -581,12 +704,14 @@ struct World {
     rule: Rule,
     regions: Vec<Region>,
     done: Vec<Did>,
+    /// Requests that a region has left to another.
+    left: BTreeSet<(usize, u64)>,
 }
 
 impl World {
     fn new(rule: Rule) -> Self {
         let regions = (1..4).map(|number| Region::new(number, rule)).collect();
-        Self { rule, regions, done: Vec::new() }
+        Self { rule, regions, done: Vec::new(), left: BTreeSet::new() }
     }
 
     /// What must be seen of a region at a path.
@@ -625,7 +750,7 @@ impl World {
     }
 
     /// Plans operations that the model allows, and does them as one write.
-    fn act(&mut self, at: usize, ops: &[(usize, usize, usize)]) {
+    fn act(&mut self, at: usize, request: Option<u64>, ops: &[(usize, usize, usize)]) {
         let seen = self.regions[at].seen();
         let mut mutations: Vec<Mutation> = Vec::new();
         for &(kind, path, data) in ops {
@@ -643,7 +768,8 @@ impl World {
             mutations.push(on("k", path, planned));
         }
         // One at a time in the model; several in one write must see each other.
-        match self.regions[at].run(mutations.clone()) {
+        let id = request.map(|number| RequestId { client: 1, number });
+        match self.regions[at].request(id, mutations.clone()) {
             Outcome::Written(results) => {
                 let mut seen = seen;
                 for (mutation, result) in mutations.into_iter().zip(results) {
@@ -656,6 +782,8 @@ impl World {
                             seen: seen.clone(),
                             path,
                             action,
+                            request,
+                            takes_back: Vec::new(),
                         });
                         seen.advance(result.dot.actor, result.dot.seq);
                     }
@@ -671,13 +799,14 @@ impl World {
 
     fn step(&mut self, step: &Step) {
         match step {
-            Step::Do(at, ops) => self.act(*at, ops),
+            Step::Do(at, ops) => self.act(*at, None, ops),
+            &Step::Try(at, number) => self.act(at, Some(number as u64), REQUESTS[number]),
             &Step::Pull(at, from) if at != from => {
-                let changes = {
-                    let from = &self.regions[from];
-                    from.state.changes_above(NS, &self.regions[at].seen())
-                };
-                self.regions[at].take(changes);
+                let seen = self.regions[at].seen();
+                let changes = self.regions[from].state.changes_above(NS, &seen);
+                for change in changes {
+                    self.take(at, change);
+                }
             }
             &Step::Repair(at, from) if at != from => {
                 let source = std::mem::replace(&mut self.regions[from], Region::new(0, self.rule));
@@ -692,6 +821,51 @@ impl World {
         }
     }
 
+    /// A region hears of a change. Of a request that it took as well, and whose lower region it was not, it
+    /// takes back what it had added and what no deletion has taken away yet.
+    fn take(&mut self, at: usize, change: Change) {
+        let own = actor(self.regions[at].number);
+        let request = change.request.map(|request| request.id.number);
+        let before = self.regions[at].seen();
+        let applied: Vec<&Did> = self.done.iter().filter(|did| before.covers(did.dot)).collect();
+        let mut after = before.clone();
+        after.add(change.last());
+        let is_cleared = |it: &Did| {
+            let clears = self.done.iter().filter(|did| did.action == Action::Clear);
+            let clears = clears.filter(|clear| after.covers(clear.dot));
+            clears.filter(|clear| it.path.starts_with(&clear.path)).any(|clear| clear.saw(it))
+        };
+        let is_own = |it: &&&Did| it.dot.actor == own && request.is_some() && it.request == request;
+        let adds = |it: &&&Did| matches!(it.action, Action::Add(_)) && !is_cleared(it);
+        let takes_back: Vec<Dot> =
+            applied.iter().filter(is_own).filter(adds).map(|it| it.dot).collect();
+        let gives_way = change.actor < own
+            && !before.covers(change.last())
+            && request.is_some_and(|request| !self.left.contains(&(at, request)));
+        let path = applied.iter().find(|it| takes_back.contains(&it.dot)).map(|it| it.path.clone());
+
+        self.regions[at].take(vec![change]);
+
+        let region = &self.regions[at];
+        let written = region.state.changes_above(NS, &before);
+        let written: Vec<&Change> = written.iter().filter(|it| it.actor == own).collect();
+        let Some(path) = path.filter(|_| gives_way) else {
+            assert!(written.is_empty(), "nothing is taken back: {written:?}");
+            return;
+        };
+        assert_eq!(written.len(), 1, "what was added twice is taken back");
+        self.left.extend(request.map(|request| (at, request)));
+        self.done.push(Did {
+            dot: written[0].last(),
+            time: written[0].time(),
+            seen: written[0].seen().into_owned(),
+            path,
+            action: Action::Add(0),
+            request: None,
+            takes_back,
+        });
+    }
+
     /// What every region has applied, as a region may conclude: of one whose events it does not all have
     /// it knows nothing.
     fn stable(&self, at: usize) -> VersionVector {
@@ -701,6 +875,31 @@ impl World {
             if seen.get(own) <= here.get(own) { seen } else { VersionVector::new() }
         });
         told.fold(here.clone(), |stable, told| stable.meet(&told))
+    }
+
+    /// Assignments that somebody took away who saw a later one beside them; and of these, the losers: those
+    /// that nobody replaced who saw nothing else.
+    fn lost(&self) -> (BTreeSet<Dot>, BTreeSet<Dot>) {
+        let (mut unseen, mut replaced) = (BTreeSet::new(), BTreeSet::new());
+        for by in &self.done {
+            let seen: Vec<&Did> = self.done.iter().filter(|did| by.saw(did)).collect();
+            let is_of = |it: &Did, path: &[Bytes]| match it.action {
+                Action::Assign(_) => it.path == path,
+                Action::Clear => path.starts_with(&it.path),
+                _ => false,
+            };
+            let is_gone = |it: &Did| seen.iter().any(|did| is_of(did, &it.path) && did.saw(it));
+            let is_assigned = |it: &&&Did| matches!(it.action, Action::Assign(_)) && !is_gone(it);
+            let held: Vec<&&Did> = seen.iter().filter(is_assigned).collect();
+            let is_later = |it: &Did, than: &Did| (it.time, it.dot) > (than.time, than.dot);
+            for one in held.iter().filter(|it| is_of(by, &it.path)) {
+                let is_rival = |other: &Did| other.path == one.path && is_later(other, one);
+                let is_unseen = held.iter().any(|other| is_rival(other));
+                if is_unseen { &mut unseen } else { &mut replaced }.insert(one.dot);
+            }
+        }
+        let lost = unseen.difference(&replaced).copied().collect();
+        (unseen, lost)
     }
 
     /// Everyone hears of everything, and says so.
@@ -721,12 +920,25 @@ proptest! {
         let mut world = World::new(rule);
         for step in &program {
             world.step(step);
-            let (Step::Do(at, _) | Step::Pull(at, _) | Step::Repair(at, _) | Step::Collect(at)) = step;
+            let (Step::Do(at, _)
+            | Step::Try(at, _)
+            | Step::Pull(at, _)
+            | Step::Repair(at, _)
+            | Step::Collect(at)) = step;
             world.check(*at);
         }
         world.heal();
+        let (unseen, lost) = world.lost();
         for at in 0..3 {
             world.check(at);
+            let ledger = &world.regions[at].state.ledger;
+            let noted: BTreeSet<Dot> = ledger.values().map(|entry| entry.loser.dot).collect();
+            prop_assert!(noted.is_superset(&lost), "the ledger has every loser: {:?}", lost);
+            prop_assert!(noted.is_subset(&unseen), "and nothing else: {:?}", noted);
+            let elsewhere = &world.regions[0].state.ledger;
+            let is_lost = |entry: &LedgerEntry| lost.contains(&entry.loser.dot);
+            let mut losers = ledger.iter().filter(|(_, entry)| is_lost(entry));
+            prop_assert!(losers.all(|(id, _)| elsewhere.contains_key(id)), "under the same id");
             prop_assert_eq!(world.regions[at].seen(), world.regions[0].seen());
             let collected = world.regions[at].seen();
             world.regions[at].collect(collected);

@@ -131,7 +131,7 @@ fn element_of(
         Part::Whole(_) => (Bytes::new(), String::new()),
     };
     let share_total = match content {
-        Content::Count(count) | Content::Reset { count, .. } => count.total,
+        Content::Count { count, .. } | Content::Reset { count, .. } => count.total,
         Content::Value { .. } | Content::Tombstone => 0,
     };
     let field_path = path.iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect();
@@ -143,7 +143,7 @@ fn change(topology: &Topology, rule: Rule, event: Event) -> pb::Change {
     let Event { delta, group_first_seq, group_size, previous, conflict, is_current } = event;
     let written = delta.sibling;
     let kind = match written.content {
-        Content::Value { .. } | Content::Count(_) => pb::ChangeKind::Put,
+        Content::Value { .. } | Content::Count { .. } => pb::ChangeKind::Put,
         Content::Tombstone | Content::Reset { .. } => pb::ChangeKind::Delete,
     };
     pb::Change {
@@ -173,7 +173,7 @@ fn change(topology: &Topology, rule: Rule, event: Event) -> pb::Change {
 fn version(topology: &Topology, written: &Sibling) -> Option<pb::Version> {
     let (kind, expire) = match &written.content {
         Content::Value { data, expire } => (pb::value::Kind::Data(data.clone()), *expire),
-        Content::Count(count) => (pb::value::Kind::Counter(count.total), None),
+        Content::Count { count, .. } => (pb::value::Kind::Counter(count.total), None),
         Content::Tombstone | Content::Reset { .. } => return None,
     };
     Some(pb::Version {
@@ -229,7 +229,7 @@ fn reset(lost: Lost) -> pb::Reset {
 fn bytes_of(event: &Event) -> usize {
     let content = |content: &Content| match content {
         Content::Value { data, .. } => data.len(),
-        Content::Tombstone | Content::Count(_) | Content::Reset { .. } => 0,
+        Content::Tombstone | Content::Count { .. } | Content::Reset { .. } => 0,
     };
     let previous = event.previous.iter().map(|(_, previous)| match previous {
         Previous::Known(replaced) => content(&replaced.content) + 96,

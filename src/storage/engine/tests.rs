@@ -25,11 +25,16 @@ fn another_format_is_refused_with_both_versions() {
         drop((store, shard));
         refused(dir.path())
     };
-    let error = refused_of(5);
-    assert!(matches!(error, StorageError::NewerFormat { found: 5, known: 4, .. }), "{error}");
-    for older in [1, 2, 3] {
+    let (newer, known) = (FORMAT_VERSION + 1, FORMAT_VERSION);
+    match refused_of(newer) {
+        StorageError::NewerFormat { found, known: told, .. } => {
+            assert_eq!((found, told), (newer, known));
+        }
+        error => panic!("{error}"),
+    }
+    for older in 1..FORMAT_VERSION {
         let error = refused_of(older);
-        assert!(matches!(error, StorageError::OlderFormat { known: 4, .. }), "{error}");
+        assert!(matches!(error, StorageError::OlderFormat { known: told, .. } if told == known));
         assert!(error.to_string().contains("dump"), "{error}");
     }
 }

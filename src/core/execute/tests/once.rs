@@ -34,6 +34,14 @@ fn held(state: &MemoryState) -> Record {
     state.record(NS, b"a").unwrap().unwrap_or_default()
 }
 
+/// What `ID` was answered, of its first write.
+fn remembered(state: &MemoryState) -> Written {
+    match &state.requests[&ID].answer {
+        Answer::Written { results, .. } => results[0].clone(),
+        other => panic!("not written: {other:?}"),
+    }
+}
+
 fn holds(state: &MemoryState, condition: &Condition) -> bool {
     condition.holds(Some(&held(state)), HybridTime::ZERO)
 }
@@ -71,7 +79,6 @@ fn siblings_of_one_request_are_shown_as_one_version_and_are_no_conflict() {
     assert_eq!(record.live_at(HybridTime::ZERO).next().unwrap().0.dot, in_us.dot, "the lowest");
 
     // Each region goes on answering what it answered first, and neither saw a conflict.
-    let remembered = |state: &MemoryState| state.requests[&ID].results[0].clone();
     assert_eq!((remembered(&us), remembered(&eu)), (in_us, in_eu));
     assert!(!remembered(&us).conflict && !remembered(&eu).conflict);
 }
@@ -86,7 +93,7 @@ fn under_lww_a_request_does_not_lose_to_itself() {
     let mut ap = MemoryState::default();
     pull_all(&mut ap, 3, &us, Rule::Lww);
     assert_eq!(ap.records, us.records);
-    assert!(ap.ledger.is_empty() && !ap.requests[&ID].results[0].conflict);
+    assert!(ap.ledger.is_empty() && !remembered(&ap).conflict);
 }
 
 #[test]
