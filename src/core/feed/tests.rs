@@ -358,6 +358,8 @@ fn play(world: &mut World, watcher: &mut Watcher, acts: &[Act]) {
                 let place = watcher.earlier.len().saturating_sub(*takes);
                 if let Some(cursor) = watcher.earlier.get(place) {
                     watcher.feed = Feed::new(cursor.clone());
+                    // Whoever goes back goes on from there, and not from what came after it.
+                    watcher.earlier.truncate(place + 1);
                 }
             }
         }
