@@ -19,7 +19,7 @@ use bytes::Bytes;
 use crate::{
     change::Change,
     id::{Dot, NamespaceId},
-    record::{Content, Delta, Record, Rule},
+    record::{Delta, Record, Rule},
     vector::VersionVector,
 };
 
@@ -139,7 +139,7 @@ pub fn survivors<'a>(events: impl IntoIterator<Item = Event<'a>>, rule: Rule) ->
         supersedes.iter().chain(&pushed_out.dots).copied()
     };
     let replaced: BTreeSet<Dot> = events.iter().flat_map(named).collect();
-    let is_tombstone = |event: &Event<'_>| event.delta.sibling.content == Content::Tombstone;
+    let is_present = |event: &Event<'_>| event.delta.sibling.content.is_present();
     let dot = |event: &Event<'_>| event.delta.sibling.dot;
     let kept = events.iter().filter(|event| !replaced.contains(&dot(event)));
     let mut kept: Vec<Dot> = match rule {
@@ -149,14 +149,14 @@ pub fn survivors<'a>(events: impl IntoIterator<Item = Event<'a>>, rule: Rule) ->
         | Rule::Map
         | Rule::Flag
         | Rule::Max
-        | Rule::Min => kept.filter(|event| !is_tombstone(event)).map(dot).collect(),
+        | Rule::Min => kept.filter(|event| is_present(event)).map(dot).collect(),
         Rule::Lww => {
             // Whoever wrote it had this one before, and what its write replaced stood against it.
             let is_outlived =
                 |event: &&Event<'_>| events.iter().any(|other| other.seen.covers(dot(event)));
             kept.filter(|event| !is_outlived(event))
                 .max_by_key(|event| (event.delta.sibling.time, dot(event)))
-                .filter(|winner| !is_tombstone(winner))
+                .filter(|winner| is_present(winner))
                 .map(dot)
                 .into_iter()
                 .collect()
@@ -169,7 +169,7 @@ pub fn survivors<'a>(events: impl IntoIterator<Item = Event<'a>>, rule: Rule) ->
 /// The values that a record holds.
 pub fn live_dots(record: Option<&Record>) -> Vec<Dot> {
     let siblings = record.into_iter().flat_map(Record::siblings);
-    let live = siblings.filter(|held| held.content != Content::Tombstone);
+    let live = siblings.filter(|held| held.content.is_present());
     live.map(|held| held.dot).collect()
 }
 
@@ -215,7 +215,7 @@ pub fn hold_the_same(
 
 #[cfg(test)]
 mod tests {
-    use crate::record::PushedOut;
+    use crate::record::{Content, PushedOut};
 
     use super::*;
     use crate::{

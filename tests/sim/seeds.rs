@@ -33,6 +33,7 @@ fn all_hold(regions: u16) -> Counts {
         ("joins", counts.joins),
         ("requests repeated where they are known", counts.repeats),
         ("requests executed in two regions", counts.twins),
+        ("additions taken back", counts.taken_back),
         ("words that did not count yet", counts.untold),
     ] {
         assert!(happened > 20, "only {happened} {what} in {SEEDS} histories");

@@ -127,6 +127,7 @@ impl History {
         let mut random = StdRng::seed_from_u64(seed ^ (u64::from(regions) << 56));
         let random = &mut random;
         let rule = if random.random() { Rule::Lww } else { Rule::Siblings };
+        let rule = if is_typed(seed, regions) { Rule::Map } else { rule };
         let batch = random.random_range(1..6);
         let page = [1, 1, 2, 4][random.random_range(0..4)];
         let gate = random.random_ratio(2, 3);
@@ -141,6 +142,12 @@ impl History {
         let steps = with_repeats(steps, seed, regions);
         Self { regions, rule, batch, page, gate, steps }
     }
+}
+
+/// In a third of the histories the values are maps. Drawn apart from the rest, which is what it is without.
+fn is_typed(seed: u64, regions: u16) -> bool {
+    let mut random = StdRng::seed_from_u64(seed.rotate_left(32) ^ (u64::from(regions) << 56));
+    random.random_ratio(1, 3)
 }
 
 /// In half of the histories clients repeat requests. Drawn apart from the rest, which is what it is

@@ -330,7 +330,7 @@ impl Truth {
                 self.events(key, sees).flat_map(|it| it.delta.supersedes.clone()).collect();
             for event in self.events(key, sees) {
                 let sibling = &event.delta.sibling;
-                let is_value = sibling.content != tombolo_core::Content::Tombstone;
+                let is_value = sibling.content.is_present();
                 let dot = sibling.dot;
                 let is_accounted_for =
                     |dot: &Dot| kept.contains(dot) || replaced.contains(dot) || noted.contains(dot);

@@ -12,6 +12,7 @@ mod healing;
 mod members;
 mod repairs;
 mod streams;
+mod typed;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,6 +26,7 @@ use tombolo_core::{
     command::{Operation, Stopped, Write, Written},
     execute,
     invariant::{self, Invariant},
+    typed::{Action, Mutation},
 };
 
 use crate::{
@@ -47,6 +49,8 @@ pub struct Counts {
     pub repeats: u64,
     /// Requests that a region executed after another had, of which it had not heard.
     pub twins: u64,
+    /// Changes that take back what a region had added to counters for such a request.
+    pub taken_back: u64,
     /// Changes applied.
     pub applied: u64,
     /// Changes that came again.
@@ -98,6 +102,7 @@ impl Counts {
             writes,
             repeats,
             twins,
+            taken_back,
             applied,
             repeated,
             repairs,
@@ -123,6 +128,7 @@ impl Counts {
         self.writes += writes;
         self.repeats += repeats;
         self.twins += twins;
+        self.taken_back += taken_back;
         self.applied += applied;
         self.repeated += repeated;
         self.repairs += repairs;
@@ -445,6 +451,15 @@ impl World {
         if !self.regions.get(at).is_some_and(|region| region.exists) {
             return;
         }
+        if self.rule.is_typed() {
+            let seen = read_at.and_then(|at| self.regions.get(at)).map(|it| it.data.frontier());
+            let mutations = operations.iter().map(|&(key, delete)| {
+                self.values += 1;
+                Mutation { context: seen.clone(), ..typed::mutation(key, delete, self.values) }
+            });
+            let mutations = mutations.collect();
+            return self.request(at, Vec::new(), mutations);
+        }
         let contexts: Vec<Option<VersionVector>> = operations
             .iter()
             .map(|&(key, _)| {
@@ -453,10 +468,8 @@ impl World {
                 Some(record.context().clone())
             })
             .collect();
-        let now = self.now;
         let mut values = self.values;
-        let region = &mut self.regions[at];
-        let time = region.stamp(now);
+        let time = self.regions[at].stamp(self.now);
         let operations = operations.iter().zip(contexts).map(|(&(key, delete), context)| {
             values += 1;
             let content = if delete {
@@ -467,17 +480,25 @@ impl World {
             };
             Operation { key: key_of(key), content, context }
         });
+        let operations = operations.collect();
+        self.values = values;
+        self.request(at, operations, Vec::new());
+    }
+
+    /// A client asks for something new.
+    fn request(&mut self, at: usize, operations: Vec<Operation>, mutations: Vec<Mutation>) {
+        let now = self.now;
+        let region = &mut self.regions[at];
         let write = Write {
             namespace: NAMESPACE,
             rule: self.rule,
             actor: region.actor(),
-            time,
+            time: region.stamp(now),
             request: Some(RequestId { client: 1, number: self.requests.len() as u64 + 1 }),
             checks: Vec::new(),
-            operations: operations.collect(),
-            mutations: Vec::new(),
+            operations,
+            mutations,
         };
-        self.values = values;
         self.requests.push(write.clone());
         self.propose(at, Command::Write(write), Waiter::Client);
     }
@@ -503,7 +524,11 @@ impl World {
         let data = &self.regions[at].data;
         if data.frontier() == *before {
             self.counts.repeats += 1;
-            self.truth.check_answer(request, results)?;
+            // A maximum that is held already is not written, and answered with the write that made it so.
+            let is_held = |it: &Mutation| matches!(it.action, Action::Maximum(_));
+            if !write.mutations.iter().any(is_held) {
+                self.truth.check_answer(request, results)?;
+            }
             return Ok(false);
         }
         let is_it = |seq: u64| before.get(write.actor) < seq;
@@ -585,7 +610,11 @@ impl World {
         }
         self.touched.insert(at);
         let short = |command: &Command| match command {
-            Command::Write(write) => format!("write {}", write.operations.len()),
+            Command::Write(write) => {
+                let mutations = write.mutations.iter().map(|it| it.action.name());
+                let mutations: Vec<_> = mutations.collect();
+                format!("write {} {}", write.operations.len(), mutations.join(" "))
+            }
             Command::Ingest(ingest) => {
                 let dots: Vec<_> = ingest.changes.iter().map(|it| it.last().to_string()).collect();
                 format!("ingest {}", dots.join(" "))
@@ -651,14 +680,16 @@ impl World {
                     return Ok(());
                 }
                 let region = &mut self.regions[at];
-                let Some(first) = results.first() else { return Ok(()) };
-                let log = region.data.log(first.dot.actor, first.dot.seq);
+                let first = before.get(write.actor) + 1;
+                let log = region.data.log(write.actor, first);
                 let Some(change) = log.front().cloned() else {
-                    return Err((Invariant::LogWhole, format!("{} is not in the log", first.dot)));
+                    let seen = format!("{}:{first} is not in the log", write.actor);
+                    return Err((Invariant::LogWhole, seen));
                 };
                 // Of what a fenced region writes nothing is known to the others.
-                let has_context =
-                    region.is_sealed || write.operations.iter().any(|it| it.context.is_some());
+                let has_context = region.is_sealed
+                    || write.operations.iter().any(|it| it.context.is_some())
+                    || write.mutations.iter().any(|it| it.context.is_some());
                 self.counts.writes += 1;
                 self.counts.half_repaired_writes += u64::from(!was_exact);
                 self.truth.write(change, &before, &contexts, has_context, was_exact)?;
@@ -684,6 +715,13 @@ impl World {
             (Command::Ingest(_), Outcome::Ingested(ingested)) => {
                 self.counts.applied += ingested.applied;
                 self.counts.repeated += ingested.repeated;
+                // What it takes back of a request that another region took as well.
+                let region = &self.regions[at];
+                let own = region.actor();
+                for change in region.data.log(own, before.get(own) + 1) {
+                    self.counts.taken_back += 1;
+                    self.truth.write(change, &before, &[], true, was_exact)?;
+                }
                 match ingested.stopped {
                     Some(Stopped::OwnChangeUnknown) => {
                         return Err(reused("an own change is unknown"));

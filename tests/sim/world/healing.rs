@@ -31,7 +31,7 @@ impl World {
             }
         }
         for region in self.present() {
-            if self.rule == Rule::Lww {
+            if self.rule != Rule::Siblings {
                 self.truth.check_ledger(&region.data)?;
             }
         }
