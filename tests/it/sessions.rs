@@ -202,7 +202,7 @@ impl Run {
             if choices.below(8) == 0 {
                 self.write(region, &session, &mut seen, key).await;
             } else {
-                self.read(region, &session, &mut seen, key).await;
+                self.read(region, &session, &mut seen, key, choices.below(4)).await;
             }
         }
     }
@@ -220,20 +220,49 @@ impl Run {
         }
     }
 
-    async fn read(&self, region: &Keyspace, session: &Session, seen: &mut Seen, key: Key) {
-        let get = region.get(name_of(key));
-        let get = if self.with_tokens {
-            get.session(session).consistency(Consistency::Causal)
-        } else {
-            get.consistency(Consistency::Local)
+    /// Reads one key, or all of its group with a batch or a scan.
+    async fn read(
+        &self,
+        region: &Keyspace,
+        session: &Session,
+        seen: &mut Seen,
+        key: Key,
+        how: u64,
+    ) {
+        let region = if self.with_tokens { region.with_session(session) } else { region.clone() };
+        let level = if self.with_tokens { Consistency::Causal } else { Consistency::Local };
+        let group = (0..KEYS_OF_A_GROUP).map(|place| (key.0, place));
+        let answered: Result<Vec<(Key, Option<Version>)>, Error> = match how {
+            0 => {
+                region.batch_get(group.clone().map(name_of)).consistency(level).await.map(|gots| {
+                    group.zip(gots.into_iter().map(|got| got.versions.into_iter().next())).collect()
+                })
+            }
+            1 => {
+                let scan = region.scan().prefix(format!("{{g{}}}:", key.0)).consistency(level);
+                scan.collect().await.map(|entries| {
+                    let version = |key: Key| {
+                        let found = entries.iter().find(|entry| entry.key == name_of(key));
+                        (key, found.and_then(|entry| entry.versions.first().cloned()))
+                    };
+                    group.map(version).collect()
+                })
+            }
+            _ => region
+                .get(name_of(key))
+                .consistency(level)
+                .await
+                .map(|got| vec![(key, got.versions.into_iter().next())]),
         };
-        let Ok(got) = get.await else {
+        let Ok(answered) = answered else {
             self.counts.refused.fetch_add(1, Ordering::Relaxed);
             return;
         };
-        let answer = got.versions.first().map(|version| Answer::of(key.0, version));
-        if let Some(promise) = seen.read(key, answer.as_ref()) {
-            self.counts.broke(promise);
+        for (key, version) in answered {
+            let answer = version.map(|version| Answer::of(key.0, &version));
+            if let Some(promise) = seen.read(key, answer.as_ref()) {
+                self.counts.broke(promise);
+            }
         }
         self.counts.reads.fetch_add(1, Ordering::Relaxed);
     }
