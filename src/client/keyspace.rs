@@ -420,6 +420,7 @@ impl IntoFuture for Get {
                 context: reply.context,
                 token: reply.session_token,
                 revision: reply.revision.map(Revision::from),
+                partial: !reply.next_element_token.is_empty(),
                 next_elements: reply.next_element_token,
                 settle_time: reply.settle_time.and_then(system_time),
             })
@@ -518,6 +519,7 @@ impl IntoFuture for BatchGet {
                         context: result.context,
                         token: reply.session_token.clone(),
                         revision: None,
+                        partial: result.partial,
                         next_elements: Bytes::new(),
                         settle_time: result.settle_time.and_then(system_time),
                     };

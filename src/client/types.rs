@@ -318,8 +318,11 @@ pub struct Got {
     pub token: Bytes,
     /// `None` in a batch.
     pub revision: Option<Revision>,
+    /// The value has more elements than are shown. A get says where they go on, in `next_elements`; in a
+    /// batch only this says so, and a get pages through them.
+    pub partial: bool,
     /// Where a large set or map goes on: give it to [`crate::Get::elements_from`]. Empty if all of it is
-    /// here.
+    /// here, and in a batch.
     pub next_elements: Bytes,
     /// Set while several versions wait to be settled in a namespace with a hold: what is shown is
     /// provisional, and the first version is taken then.

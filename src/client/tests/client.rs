@@ -315,6 +315,21 @@ async fn a_batch_of_any_size_answers_in_the_order_asked() {
 }
 
 #[tokio::test]
+async fn a_value_with_more_elements_says_so_in_a_batch_and_where_they_go_on_in_a_get() {
+    let region = Region::start(1).await;
+    let keys = connect(&region).await.namespace("default");
+    region.put("default", "large", "v");
+    region.put("default", "small", "v");
+    region.state.lock().partial.insert("large".into());
+    let gots = keys.batch_get(["small", "large"]).await.expect("got");
+    assert_eq!(gots.iter().map(|got| got.partial).collect::<Vec<_>>(), [false, true]);
+    let got = keys.get("large").await.expect("got");
+    assert_eq!((got.partial, got.next_elements), (true, fake::NEXT_ELEMENTS));
+    let got = keys.get("small").await.expect("got");
+    assert!(!got.partial && got.next_elements.is_empty());
+}
+
+#[tokio::test]
 async fn a_scan_survives_broken_streams_without_losing_or_repeating_a_key() {
     let region = Region::start(3).await;
     let client = connect(&region).await;

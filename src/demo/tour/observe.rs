@@ -171,6 +171,7 @@ mod tests {
             context: Bytes::new(),
             token: Bytes::new(),
             revision: None,
+            partial: false,
             next_elements: Bytes::new(),
             settle_time: None,
         }

@@ -10,7 +10,7 @@ pub(crate) mod watch;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::pin::Pin;
 use std::sync::Arc;
 use tokio_stream::Stream;
@@ -30,6 +30,8 @@ use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 pub(crate) const SHARDS: u16 = 4;
+/// Where the fake's partial values go on.
+pub(crate) const NEXT_ELEMENTS: Bytes = Bytes::from_static(b"next");
 const CLUSTER: &str = "fake";
 
 /// What goes wrong, once, with the next call that matches.
@@ -72,6 +74,8 @@ pub(crate) struct State {
     pub(crate) calls: Vec<Call>,
     pub(crate) refreshes: usize,
     pub(crate) data: BTreeMap<(String, Bytes), Vec<v1::Version>>,
+    /// Keys whose values have more elements than one reply shows.
+    pub(crate) partial: BTreeSet<Bytes>,
     pub(crate) namespaces: BTreeMap<String, v1::Namespace>,
     pub(crate) links: Vec<v1::Link>,
     /// What watches answer.
@@ -367,7 +371,12 @@ impl KvService for Node {
         let seen =
             Call { consistency: body.consistency, ..call("get", &body.key, &body.session_token) };
         let fault = self.enter(&request, seen)?;
-        let versions = self.state.lock().versions(&body.namespace, &body.key, body.keys_only);
+        let (versions, is_partial) = {
+            let state = self.state.lock();
+            let versions = state.versions(&body.namespace, &body.key, body.keys_only);
+            (versions, state.partial.contains(&body.key))
+        };
+        let next_element_token = if is_partial { NEXT_ELEMENTS } else { Bytes::new() };
         let seq = versions.iter().filter_map(|version| version.dot).map(|dot| dot.seq).max();
         let seen = seq.map(|seq| token(&body.key, seq)).unwrap_or_default();
         let reply = v1::GetResponse {
@@ -375,7 +384,7 @@ impl KvService for Node {
             session_token: joined(&[&body.session_token, &seen]),
             revision: Some(v1::Revision { shard: 0, term: 1, index: seq.unwrap_or(0) }),
             versions,
-            next_element_token: Bytes::new(),
+            next_element_token,
             settle_time: None,
         };
         finish(fault, reply).await
@@ -398,7 +407,7 @@ impl KvService for Node {
                 key: key.clone(),
                 versions: state.versions(&body.namespace, key, body.keys_only),
                 context: Bytes::new(),
-                partial: false,
+                partial: state.partial.contains(key),
                 settle_time: None,
             };
             body.keys.iter().map(result).collect()
