@@ -49,7 +49,7 @@ impl IntoFuture for AwaitReplication {
     fn into_future(self) -> Self::IntoFuture {
         let Self { call, mut request } = self;
         Box::pin(async move {
-            request.session_token = call.token();
+            request.session_token = call.token_to_read()?;
             let plan = Plan {
                 target: Target::AnyNode,
                 safety: Safety::Read,

@@ -12,6 +12,7 @@ use crate::keyspace::Keyspace;
 use crate::retry::{Backoff, Judgement, Safety, Verdict, judge};
 use crate::router::{Route, Router, Target};
 use crate::session::Session;
+use bytes::Bytes;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -241,7 +242,7 @@ pub(crate) fn out_of_time(last: Option<Status>, outcome_unknown: bool) -> Error 
         detail.reason = cause.reason;
         detail.metadata = cause.metadata;
     }
-    Error::Deadline { detail, outcome_unknown, dot: None }
+    Error::Deadline { detail, outcome_unknown, dot: None, token: Bytes::new() }
 }
 
 /// The deadline leaves no time for another attempt.

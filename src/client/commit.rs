@@ -4,7 +4,7 @@
 //! retry layer touches it.
 
 use crate::error::{Error, Result};
-use crate::keyspace::{CallOptions, call_options, data, write_options};
+use crate::keyspace::{CallOptions, Kv, call_options, data, write_options};
 use crate::mutate::Operations;
 use crate::types::{Dot, HybridTime, IntoBytes, Revision, Version, proto_duration, versions};
 use bytes::Bytes;
@@ -108,25 +108,15 @@ impl IntoFuture for Commit {
     type IntoFuture = BoxFuture<'static, Self::Output>;
 
     fn into_future(self) -> Self::IntoFuture {
-        let Self { call, mut request } = self;
+        let Self { call, request } = self;
         Box::pin(async move {
             let mut keys = request.writes.iter().map(|write| &write.key);
             let first = keys.next().or_else(|| request.checks.first().map(|check| &check.key));
             let key = first.ok_or_else(|| Error::invalid("an empty commit"))?.clone();
-            let token = call.token();
-            request.session_token = token.clone();
             let plan = call.write_plan(&key, request.ack_regions);
             let checked: Vec<Bytes> = request.checks.iter().map(|it| it.key.clone()).collect();
-            let kv = call.kv();
-            let reply = call
-                .client
-                .call(plan, request, |channel, request| {
-                    let mut kv = kv(channel);
-                    async move { kv.commit(request).await }
-                })
-                .await?;
-            call.observe(&token, &reply.session_token)?;
-            Committed::from_reply(reply, &checked)
+            let send = |mut kv: Kv, request| async move { kv.commit(request).await };
+            Committed::from_reply(call.write(plan, request, send).await?, &checked)
         })
     }
 }

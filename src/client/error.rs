@@ -6,6 +6,9 @@
 //! Not here: what is tried again before an error reaches the caller (`retry`).
 
 use crate::types::Dot;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tonic::{Code, Status};
@@ -83,6 +86,8 @@ pub enum Error {
         /// The write stands under this dot and only its acknowledgements by other regions are
         /// missing.
         dot: Option<Dot>,
+        /// Covers the write that stands: its session has taken it in. Empty without a dot.
+        token: Bytes,
     },
     /// Show other credentials.
     #[error("{detail}")]
@@ -120,9 +125,11 @@ impl Error {
             },
             Code::DeadlineExceeded => {
                 let dot = detail.metadata.get("dot").and_then(|text| text.parse().ok());
+                let token = detail.metadata.get("session_token");
+                let token = token.and_then(|text| STANDARD.decode(text).ok()).unwrap_or_default();
                 // With a dot, the write stands and only acknowledgements are missing.
                 let outcome_unknown = outcome_unknown && dot.is_none();
-                Self::Deadline { detail, outcome_unknown, dot }
+                Self::Deadline { detail, outcome_unknown, dot, token: token.into() }
             }
             Code::PermissionDenied | Code::Unauthenticated => Self::Denied { detail },
             Code::Ok | Code::Unknown | Code::Internal | Code::DataLoss => {

@@ -21,6 +21,9 @@ use std::time::Duration;
 use tombolo_proto::v1;
 use tombolo_proto::v1::kv_service_client::KvServiceClient;
 use tonic::transport::Channel;
+use tonic::{Request, Response, Status};
+
+pub(crate) type Kv = KvServiceClient<Channel>;
 
 /// Most keys that a server takes in one batch.
 const BATCH_KEYS_MAX: usize = 128;
@@ -143,15 +146,19 @@ pub(crate) struct CallOptions {
 }
 
 impl CallOptions {
-    /// The token that the request carries; empty outside a session.
+    /// The token that a write carries; empty outside a session.
     pub(crate) fn token(&self) -> Bytes {
         self.session.as_ref().map(Session::token).unwrap_or_default()
     }
 
-    pub(crate) fn observe(&self, sent: &Bytes, reply: &Bytes) -> Result<()> {
-        match &self.session {
-            Some(session) => session.observe(sent, reply),
-            None => Ok(()),
+    /// As [`token`](Self::token), for a read.
+    pub(crate) fn token_to_read(&self) -> Result<Bytes> {
+        self.session.as_ref().map_or_else(|| Ok(Bytes::new()), Session::token_to_read)
+    }
+
+    pub(crate) fn observe(&self, sent: &Bytes, reply: &Bytes) {
+        if let Some(session) = &self.session {
+            session.observe(sent, reply);
         }
     }
 
@@ -165,7 +172,7 @@ impl CallOptions {
         }
     }
 
-    pub(crate) fn kv(&self) -> impl Fn(Channel) -> KvServiceClient<Channel> + Send + 'static {
+    pub(crate) fn kv(&self) -> impl Fn(Channel) -> Kv + Send + 'static {
         let (request_max, reply_max) = self.client.inner.config.message_limits();
         move |channel| {
             KvServiceClient::new(channel)
@@ -183,6 +190,28 @@ impl CallOptions {
         }
     }
 
+    /// Sends a write. The session takes in what it answers, and a write that stands although the answer
+    /// is an error.
+    pub(crate) async fn write<Q, R, F, Fut>(&self, plan: Plan, mut body: Q, send: F) -> Result<R>
+    where
+        Q: Clone + CarriesToken,
+        R: CarriesToken,
+        F: Fn(Kv, Request<Q>) -> Fut,
+        Fut: Future<Output = Result<Response<R>, Status>>,
+    {
+        let token = self.token();
+        *body.session_token() = token.clone();
+        let kv = self.kv();
+        let send = |channel, request| send(kv(channel), request);
+        let mut answer = self.client.call(plan, body, send).await;
+        match (&mut answer, &self.session) {
+            (Ok(reply), _) => self.observe(&token, reply.session_token()),
+            (Err(Error::Deadline { token, .. }), Some(session)) => session.add(token),
+            (Err(_), _) => {}
+        }
+        answer
+    }
+
     fn read_plan(&self, target: Target, consistency: Consistency, token: &Bytes) -> Plan {
         Plan {
             target,
@@ -193,6 +222,23 @@ impl CallOptions {
         }
     }
 }
+
+/// A message that says what a session has seen.
+pub(crate) trait CarriesToken {
+    fn session_token(&mut self) -> &mut Bytes;
+}
+
+macro_rules! carries_token {
+    ($($message:ident),*) => {$(
+        impl CarriesToken for v1::$message {
+            fn session_token(&mut self) -> &mut Bytes {
+                &mut self.session_token
+            }
+        }
+    )*};
+}
+carries_token!(PutRequest, DeleteRequest, MutateRequest, CommitRequest);
+carries_token!(PutResponse, DeleteResponse, MutateResponse, CommitResponse);
 
 /// Only the leader knows what was acknowledged; for all else any replica will do.
 pub(crate) fn read_target(consistency: Consistency, key: &Bytes) -> Target {
@@ -277,21 +323,11 @@ impl IntoFuture for Put {
     type IntoFuture = BoxFuture<'static, Self::Output>;
 
     fn into_future(self) -> Self::IntoFuture {
-        let Self { call, mut request } = self;
+        let Self { call, request } = self;
         Box::pin(async move {
-            let token = call.token();
-            request.session_token = token.clone();
             let plan = call.write_plan(&request.key, request.ack_regions);
-            let kv = call.kv();
-            let reply = call
-                .client
-                .call(plan, request, |channel, request| {
-                    let mut kv = kv(channel);
-                    async move { kv.put(request).await }
-                })
-                .await?;
-            call.observe(&token, &reply.session_token)?;
-            Written::try_from(reply)
+            let send = |mut kv: Kv, request| async move { kv.put(request).await };
+            Written::try_from(call.write(plan, request, send).await?)
         })
     }
 }
@@ -317,21 +353,11 @@ impl IntoFuture for Delete {
     type IntoFuture = BoxFuture<'static, Self::Output>;
 
     fn into_future(self) -> Self::IntoFuture {
-        let Self { call, mut request } = self;
+        let Self { call, request } = self;
         Box::pin(async move {
-            let token = call.token();
-            request.session_token = token.clone();
             let plan = call.write_plan(&request.key, request.ack_regions);
-            let kv = call.kv();
-            let reply = call
-                .client
-                .call(plan, request, |channel, request| {
-                    let mut kv = kv(channel);
-                    async move { kv.delete(request).await }
-                })
-                .await?;
-            call.observe(&token, &reply.session_token)?;
-            Written::try_from(reply)
+            let send = |mut kv: Kv, request| async move { kv.delete(request).await };
+            Written::try_from(call.write(plan, request, send).await?)
         })
     }
 }
@@ -399,7 +425,7 @@ impl IntoFuture for Get {
     fn into_future(self) -> Self::IntoFuture {
         let Self { call, consistency, mut request } = self;
         Box::pin(async move {
-            let token = call.token();
+            let token = call.token_to_read()?;
             let consistency = call.consistency(consistency, &token);
             request.consistency = Some(consistency.into());
             request.session_token = token.clone();
@@ -413,7 +439,7 @@ impl IntoFuture for Get {
                     async move { kv.get(request).await }
                 })
                 .await?;
-            call.observe(&token, &reply.session_token)?;
+            call.observe(&token, &reply.session_token);
             Ok(Got {
                 key,
                 versions: versions(reply.versions)?,
@@ -472,7 +498,7 @@ impl IntoFuture for BatchGet {
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
-            let token = self.call.token();
+            let token = self.call.token_to_read()?;
             let consistency = self.call.consistency(self.consistency, &token);
             let parts = self.parts(consistency);
             let Self { call, request, .. } = &self;
@@ -501,7 +527,7 @@ impl IntoFuture for BatchGet {
                         async move { kv.batch_get(request).await }
                     })
                     .await?;
-                call.observe(&token, &reply.session_token)?;
+                call.observe(&token, &reply.session_token);
                 let answered: Vec<&Bytes> = reply.results.iter().map(|it| &it.key).collect();
                 if answered != keys.iter().collect::<Vec<_>>() {
                     return Err(Error::protocol("a batch answered other keys than asked"));

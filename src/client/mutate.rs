@@ -3,7 +3,7 @@
 //! A mutation of one key is applied whole or not at all, and exactly once, also when it is tried again.
 
 use crate::error::{Error, Result};
-use crate::keyspace::{CallOptions, call_options, write_options};
+use crate::keyspace::{CallOptions, Kv, call_options, write_options};
 use crate::types::{Dot, HybridTime, IntoBytes, Revision};
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -166,21 +166,11 @@ impl IntoFuture for Mutate {
     type IntoFuture = BoxFuture<'static, Self::Output>;
 
     fn into_future(self) -> Self::IntoFuture {
-        let Self { call, mut request } = self;
+        let Self { call, request } = self;
         Box::pin(async move {
-            let token = call.token();
-            request.session_token = token.clone();
             let plan = call.write_plan(&request.key, request.ack_regions);
-            let kv = call.kv();
-            let reply = call
-                .client
-                .call(plan, request, |channel, request| {
-                    let mut kv = kv(channel);
-                    async move { kv.mutate(request).await }
-                })
-                .await?;
-            call.observe(&token, &reply.session_token)?;
-            Mutated::try_from(reply)
+            let send = |mut kv: Kv, request| async move { kv.mutate(request).await };
+            Mutated::try_from(call.write(plan, request, send).await?)
         })
     }
 }

@@ -77,8 +77,9 @@ impl Scan {
     /// The entries, in order. After an error the stream ends.
     pub fn stream(self) -> impl Stream<Item = Result<Entry>> + Send + Unpin + 'static {
         let cursor = Cursor::new(self);
-        Box::pin(futures::stream::try_unfold(cursor, |mut cursor| async move {
-            Ok(cursor.next().await?.map(|entry| (entry, cursor)))
+        Box::pin(futures::stream::try_unfold(cursor, |cursor| async move {
+            let mut cursor = cursor?;
+            Ok(cursor.next().await?.map(|entry| (entry, Ok(cursor))))
         }))
     }
 
@@ -105,14 +106,15 @@ struct Cursor {
 }
 
 impl Cursor {
-    fn new(scan: Scan) -> Self {
+    fn new(scan: Scan) -> Result<Self> {
         let Scan { call, consistency, mut request } = scan;
-        let token = call.token();
+        let token = call.token_to_read()?;
         request.consistency = Some(call.consistency(consistency, &token).into());
         request.session_token = token;
         let remaining = (request.limit > 0).then_some(request.limit);
         let wait = call.client.deadline(call.deadline);
-        Self { call, request, remaining, wait, stream: None, page: VecDeque::new(), done: false }
+        let page = VecDeque::new();
+        Ok(Self { call, request, remaining, wait, stream: None, page, done: false })
     }
 
     async fn next(&mut self) -> Result<Option<Entry>> {
@@ -190,10 +192,7 @@ impl Cursor {
         };
         match stream.next().await {
             Some(Ok(reply)) => {
-                let sent = self.request.session_token.clone();
-                self.call
-                    .observe(&sent, &reply.session_token)
-                    .map_err(|error| (Status::internal(error.to_string()), address))?;
+                self.call.observe(&self.request.session_token, &reply.session_token);
                 self.done = reply.page_token.is_empty();
                 self.request.page_token = reply.page_token;
                 self.page.extend(reply.results);

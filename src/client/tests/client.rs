@@ -2,6 +2,8 @@
 
 mod fake;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use fake::{Fault, Region, joined, refusal, token};
 use futures::TryStreamExt;
@@ -235,6 +237,52 @@ async fn missing_acknowledgements_come_with_the_dot_of_the_write_that_stands() {
     assert!(!error.outcome_unknown(), "it stands");
     let Error::Deadline { dot, .. } = error else { panic!("{error:?}") };
     assert_eq!(dot, Some(Dot { region: 1, incarnation: 1, seq: 9 }));
+}
+
+#[tokio::test]
+async fn a_session_knows_its_write_whose_acknowledgements_are_missing() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    let session = client.session();
+    let keys = client.namespace("default").with_session(&session);
+    keys.put("before", "v").await.expect("written");
+
+    let (before, token) = (token(b"before", 1), token(b"k", 2));
+    let metadata = [("dot", "1.1:2"), ("session_token", &*STANDARD.encode(&token))];
+    let status = refusal(Code::DeadlineExceeded, "ACK_REGIONS_PENDING", &metadata);
+    region.fail(None, "put", Fault::ApplyThen(status));
+    let error = keys.put("k", "v").ack_regions(2).await.expect_err("out of time");
+    let Error::Deadline { token: told, dot: Some(_), .. } = error else { panic!("{error:?}") };
+    assert_eq!(told, token);
+    assert_eq!(session.token(), joined(&[&before, &token]));
+    keys.await_replication(2).await.expect("answered");
+    assert_eq!(region.calls("await_replication")[0].token, session.token());
+}
+
+#[tokio::test]
+async fn a_write_is_answered_whatever_its_token_is_and_reads_say_what_they_could_miss() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    let session = client.session();
+    let keys = client.namespace("default").with_session(&session);
+    region.state.lock().tokens = ["of", "another", "cluster"].map(Bytes::from).into();
+    let puts = ["a", "b"].map(|key| keys.put(key, "v").into_future());
+    futures::future::try_join_all(puts).await.expect("both stand");
+    keys.delete("a").await.expect("writes go on");
+
+    let refused = [
+        keys.get("a").await.err(),
+        keys.batch_get(["a"]).await.err(),
+        keys.scan().collect().await.err(),
+        keys.await_replication(1).await.err(),
+    ];
+    for error in refused {
+        let error = error.expect("refused");
+        assert!(matches!(error, Error::Invalid { .. }), "{error:?}");
+        assert!(error.to_string().contains("could miss"), "{error}");
+    }
+    let anew = keys.with_session(&client.session());
+    assert_eq!(anew.get("b").await.expect("got").value().expect("a value"), "v");
 }
 
 #[tokio::test]

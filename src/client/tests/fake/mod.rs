@@ -82,6 +82,11 @@ pub(crate) struct State {
     pub(crate) watches: VecDeque<watch::Played>,
     /// Watches that came, by node.
     pub(crate) watched: Vec<(u64, v1::WatchRequest)>,
+    /// Commits and mutations that came.
+    pub(crate) commits: Vec<v1::CommitRequest>,
+    pub(crate) mutations: Vec<v1::MutateRequest>,
+    /// What the next writes answer as their session tokens instead.
+    pub(crate) tokens: VecDeque<Bytes>,
     /// Writes applied, repeats not counted.
     pub(crate) applied: u64,
     remembered: BTreeMap<(u64, u64), v1::Dot>,
@@ -240,6 +245,12 @@ impl State {
         dot
     }
 
+    /// The token of a write's answer.
+    fn token(&mut self, sent: &Bytes, key: &Bytes, dot: v1::Dot) -> Bytes {
+        let instead = self.tokens.pop_front();
+        instead.unwrap_or_else(|| joined(&[sent, &token(key, dot.seq)]))
+    }
+
     fn versions(&self, namespace: &str, key: &Bytes, keys_only: bool) -> Vec<v1::Version> {
         let mut versions =
             self.data.get(&(namespace.to_owned(), key.clone())).cloned().unwrap_or_default();
@@ -338,6 +349,15 @@ impl Node {
         }
         Ok(fault)
     }
+}
+
+/// The sums of counters that were 0, for each operation.
+fn sums(operations: &[v1::Operation]) -> Vec<Option<i64>> {
+    let sum = |it: &v1::Operation| match it.action {
+        Some(v1::operation::Action::CounterAdd(by)) => Some(by),
+        _ => None,
+    };
+    operations.iter().map(sum).collect()
 }
 
 fn call(method: &'static str, key: &Bytes, token: &Bytes) -> Call {
@@ -481,7 +501,7 @@ impl KvService for Node {
         );
         let reply = v1::PutResponse {
             context: Bytes::from(format!("context-of-{}", dot.seq)),
-            session_token: joined(&[&body.session_token, &token(&body.key, dot.seq)]),
+            session_token: self.state.lock().token(&body.session_token, &body.key, dot),
             conflict: false,
             dot: Some(dot),
             write_time: None,
@@ -503,7 +523,7 @@ impl KvService for Node {
             self.state.lock().write(&body.namespace, body.key.clone(), None, body.request_id, true);
         let reply = v1::DeleteResponse {
             context: Bytes::from(format!("context-of-{}", dot.seq)),
-            session_token: joined(&[&body.session_token, &token(&body.key, dot.seq)]),
+            session_token: self.state.lock().token(&body.session_token, &body.key, dot),
             conflict: false,
             dot: Some(dot),
             write_time: None,
@@ -513,11 +533,34 @@ impl KvService for Node {
         finish(fault, reply).await
     }
 
+    /// Counts only: what else is asked for is logged and answered.
     async fn mutate(
         &self,
-        _: Request<v1::MutateRequest>,
+        request: Request<v1::MutateRequest>,
     ) -> Result<Response<v1::MutateResponse>, Status> {
-        Err(Status::unimplemented("not served yet"))
+        let body = request.get_ref().clone();
+        let seen =
+            Call { request_id: body.request_id, ..call("mutate", &body.key, &body.session_token) };
+        let fault = self.enter(&request, seen)?;
+        let reply = {
+            let mut state = self.state.lock();
+            state.mutations.push(body.clone());
+            let v1::MutateRequest { namespace, key, operations, request_id, .. } = body;
+            let value = Some(Bytes::from_static(b"typed"));
+            let dot = state.write(&namespace, key.clone(), value, request_id, true);
+            let sums = sums(&operations).into_iter();
+            v1::MutateResponse {
+                context: Bytes::from(format!("context-of-{}", dot.seq)),
+                session_token: state.token(&body.session_token, &key, dot),
+                dot: Some(dot),
+                results: sums
+                    .map(|sum| v1::OperationResult { dot: Some(dot), sum, conflict: false })
+                    .collect(),
+                hybrid_time: ((1_700_000_000 + dot.seq) * 1000) << 16,
+                ..Default::default()
+            }
+        };
+        finish(fault, reply).await
     }
 
     async fn commit(
@@ -536,6 +579,7 @@ impl KvService for Node {
         let fault = self.enter(&request, seen)?;
         let reply = {
             let mut state = self.state.lock();
+            state.commits.push(body.clone());
             let failed: Vec<v1::FailedCheck> = body
                 .checks
                 .iter()
@@ -550,12 +594,16 @@ impl KvService for Node {
             let mut results = Vec::new();
             if failed.is_empty() {
                 for write in body.writes {
-                    let value = match write.action.expect("an action") {
+                    let (value, sum) = match write.action.expect("an action") {
                         v1::write::Action::Put(value) => match value.kind {
-                            Some(v1::value::Kind::Data(data)) => Some(data),
-                            _ => None,
+                            Some(v1::value::Kind::Data(data)) => (Some(data), None),
+                            _ => (None, None),
                         },
-                        v1::write::Action::Delete(_) | v1::write::Action::Mutate(_) => None,
+                        v1::write::Action::Delete(_) => (None, None),
+                        v1::write::Action::Mutate(it) => (
+                            Some("typed".into()),
+                            sums(&it.operations).into_iter().flatten().last(),
+                        ),
                     };
                     let dot = state.write(&body.namespace, write.key, value, None, true);
                     results.push(v1::WriteResult {
@@ -563,7 +611,7 @@ impl KvService for Node {
                         conflict: false,
                         dot: Some(dot),
                         hybrid_time: ((1_700_000_000 + dot.seq) * 1000) << 16,
-                        sum: None,
+                        sum,
                     });
                 }
             }
