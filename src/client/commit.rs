@@ -16,11 +16,28 @@ use tombolo_proto::v1::write::{Action, Expiration};
 
 /// A commit that runs when awaited. All keys must lie in one shard: give them a common hash tag,
 /// as in `{cart-7}:items` and `{cart-7}:total`.
+///
+/// ```no_run
+/// # async fn example(carts: tombolo_client::Keyspace) -> tombolo_client::Result<()> {
+/// let items = carts.get("{cart-7}:items").await?;
+/// let done = carts
+///     .commit()
+///     .check_absent("{cart-7}:lock")
+///     .put("{cart-7}:items", "3 lemons").context(&items.context)
+///     .delete("{cart-7}:draft")
+///     .await?;
+/// if !done.committed {
+///     println!("the cart is locked by {:?}", done.failed[0].versions[0].value);
+/// }
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 #[must_use = "does nothing unless awaited"]
 pub struct Commit {
     call: CallOptions,
     request: v1::CommitRequest,
+    /// A context was given before the first write.
+    has_stray_context: bool,
 }
 
 call_options!(Commit);
@@ -30,7 +47,7 @@ impl Commit {
     pub(crate) fn new(call: CallOptions, namespace: String) -> Self {
         let request_id = Some(call.client.next_request_id());
         let request = v1::CommitRequest { namespace, request_id, ..Default::default() };
-        Self { call, request }
+        Self { call, request, has_stray_context: false }
     }
 
     /// The key must have no value.
@@ -81,6 +98,17 @@ impl Commit {
         self.write(key, Action::Mutate(v1::Mutation { operations }), None)
     }
 
+    /// The write before this replaces, removes or deletes exactly what the reply with this context
+    /// showed, and leaves concurrent versions to the namespace's rule. Without one it replaces whatever the
+    /// region holds. Unlike [`check_context`](Self::check_context) it refuses nothing.
+    pub fn context(mut self, context: impl IntoBytes) -> Self {
+        match self.request.writes.last_mut() {
+            Some(write) => write.context = context.into_bytes(),
+            None => self.has_stray_context = true,
+        }
+        self
+    }
+
     fn check(mut self, key: impl IntoBytes, condition: Condition) -> Self {
         self.request.checks.push(v1::Check { key: key.into_bytes(), condition: Some(condition) });
         self
@@ -108,8 +136,11 @@ impl IntoFuture for Commit {
     type IntoFuture = BoxFuture<'static, Self::Output>;
 
     fn into_future(self) -> Self::IntoFuture {
-        let Self { call, request } = self;
+        let Self { call, request, has_stray_context } = self;
         Box::pin(async move {
+            if has_stray_context {
+                return Err(Error::invalid("a context without a write before it"));
+            }
             let mut keys = request.writes.iter().map(|write| &write.key);
             let first = keys.next().or_else(|| request.checks.first().map(|check| &check.key));
             let key = first.ok_or_else(|| Error::invalid("an empty commit"))?.clone();

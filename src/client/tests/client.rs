@@ -9,7 +9,8 @@ use fake::{Fault, Region, joined, refusal, token};
 use futures::TryStreamExt;
 use std::time::Duration;
 use tombolo_client::{
-    Client, ClientConfig, Code, ConflictFilter, Consistency, Dot, Error, Resolution, Session, proto,
+    Client, ClientConfig, Code, ConflictFilter, Consistency, Dot, Error, Operations, Resolution,
+    Session, proto,
 };
 use tonic::Status;
 use tonic_types::{ErrorDetails, StatusExt};
@@ -441,6 +442,23 @@ async fn a_commit_reports_the_checks_that_failed_with_what_is_there() {
     assert_eq!(failed, [(1, "{t}b".into()), (2, "{t}a".into())]);
     assert_eq!(refused.failed[0].versions[0].value, "2");
     assert!(matches!(keys.commit().await, Err(Error::Invalid { .. })), "an empty commit");
+}
+
+#[tokio::test]
+async fn a_context_in_a_commit_belongs_to_the_write_before_it() {
+    let region = Region::start(1).await;
+    let keys = connect(&region).await.namespace("default");
+    let commit = keys.commit().put("{t}a", "1").context("of a").put("{t}b", "2");
+    let commit = commit.delete("{t}c").context("of c");
+    let commit = commit.mutate("{t}d", Operations::new().add(5)).context("of d");
+    let done = commit.await.expect("answered");
+    assert_eq!(done.results[3].sum, Some(5));
+    let writes = region.state.lock().commits[0].writes.clone();
+    let contexts: Vec<_> = writes.iter().map(|write| &write.context[..]).collect();
+    assert_eq!(contexts, [&b"of a"[..], b"", b"of c", b"of d"]);
+
+    let stray = keys.commit().context("of a").put("{t}a", "1").await;
+    assert!(matches!(stray, Err(Error::Invalid { .. })), "{stray:?}");
 }
 
 #[tokio::test]
