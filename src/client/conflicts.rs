@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::keyspace::data;
 use crate::retry::Safety;
 use crate::router::Target;
+use crate::session::Session;
 use crate::types::{Dot, HybridTime, IntoBytes, Revision, Written};
 use bytes::Bytes;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ const PAGE_SIZE_MAX: usize = 1000;
 pub struct Conflicts {
     client: Client,
     namespace: Arc<str>,
+    session: Option<Session>,
 }
 
 /// Which dropped values to list. The default is all.
@@ -78,7 +80,12 @@ macro_rules! ask {
 
 impl Conflicts {
     pub(crate) fn new(client: Client, namespace: String) -> Self {
-        Self { client, namespace: namespace.into() }
+        Self { client, namespace: namespace.into(), session: None }
+    }
+
+    /// The session knows what the result settles, so that its reads show it in every region.
+    pub fn with_session(&self, session: &Session) -> Self {
+        Self { session: Some(session.clone()), ..self.clone() }
     }
 
     /// Lists dropped values without their bytes, the newest first; at most `limit` of them.
@@ -136,7 +143,8 @@ impl Conflicts {
             context: context.into_bytes(),
         };
         let reply = ask!(self, Safety::Identified, restore_conflict, request)?;
-        written(reply.dot, reply.context, reply.session_token, reply.hybrid_time, reply.revision)
+        let token = self.observe(reply.session_token);
+        written(reply.dot, reply.context, token, reply.hybrid_time, reply.revision)
     }
 
     /// Lists keys that hold several values, without their bytes, those that wait longest first; at most
@@ -195,7 +203,8 @@ impl Conflicts {
             request_id: Some(self.client.next_request_id()),
         };
         let reply = ask!(self, Safety::Identified, resolve_conflict, request)?;
-        written(reply.dot, reply.context, reply.session_token, reply.hybrid_time, reply.revision)
+        let token = self.observe(reply.session_token);
+        written(reply.dot, reply.context, token, reply.hybrid_time, reply.revision)
     }
 
     /// Counts this namespace's dropped values by the regions that won and lost.
@@ -214,6 +223,14 @@ impl Conflicts {
     pub async fn stats_of_all(&self) -> Result<v1::GetConflictStatsResponse> {
         let request = v1::GetConflictStatsRequest { namespace: String::new() };
         ask!(self, Safety::Read, get_conflict_stats, request)
+    }
+
+    /// Takes a settlement's token into the session. Answers what the session has seen with it, since the
+    /// request carried nothing of that.
+    fn observe(&self, token: Bytes) -> Bytes {
+        let Some(session) = &self.session else { return token };
+        session.add(&token);
+        session.token()
     }
 
     fn plan(&self, safety: Safety) -> Plan {

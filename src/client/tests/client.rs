@@ -517,3 +517,21 @@ async fn a_settlement_of_unknown_outcome_is_repeated_with_its_request_id() {
     assert_eq!(conflicts.stats().await.unwrap().stats.len(), 1);
     assert_eq!(conflicts.stats_of_all().await.unwrap().stats.len(), 2);
 }
+
+#[tokio::test]
+async fn a_session_knows_what_was_settled_in_it() {
+    let region = Region::start(1).await;
+    let client = connect(&region).await;
+    let session = Session::from_token(token(b"elsewhere", 99));
+    let conflicts = client.conflicts("default").with_session(&session);
+    let id = format!("{:032x}", 1);
+    let restored = conflicts.restore(id, "shown").await.expect("settled");
+    let seen = [token(b"elsewhere", 99), token(b"cart-1", 9)];
+    assert_eq!(session.token(), joined(&[&seen[0], &seen[1]]));
+    assert_eq!(restored.token, session.token());
+
+    conflicts.resolve("cart-7", "shown", Resolution::Delete).await.expect("settled");
+    client.namespace("default").get("cart-7").session(&session).await.expect("got");
+    let carried = region.calls("get")[0].token.clone();
+    assert_eq!(carried, joined(&[&seen[0], &seen[1], &token(b"cart-7", 9)]));
+}

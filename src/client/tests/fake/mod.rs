@@ -780,7 +780,9 @@ impl ConflictService for Node {
         let seen = Call { request_id, ..call("restore", &Bytes::new(), &Bytes::new()) };
         let fault = self.enter(&request, seen)?;
         let (dot, hybrid_time) = (Some(settle(&body.context)?), 1_700_000_009_000 << 16);
-        let reply = v1::RestoreConflictResponse { dot, hybrid_time, ..Default::default() };
+        let session_token = token(b"cart-1", 9);
+        let reply =
+            v1::RestoreConflictResponse { dot, hybrid_time, session_token, ..Default::default() };
         finish(fault, reply).await
     }
 
@@ -807,7 +809,9 @@ impl ConflictService for Node {
         let seen = Call { request_id, ..call("resolve", &body.key, &Bytes::new()) };
         let fault = self.enter(&request, seen)?;
         let (dot, hybrid_time) = (Some(settle(&body.context)?), 1_700_000_009_000 << 16);
-        let reply = v1::ResolveConflictResponse { dot, hybrid_time, ..Default::default() };
+        let session_token = token(&body.key, 9);
+        let reply =
+            v1::ResolveConflictResponse { dot, hybrid_time, session_token, ..Default::default() };
         finish(fault, reply).await
     }
 
