@@ -5,7 +5,9 @@
 //! [`WatchEvent::Reset`] is an event like the others.
 //!
 //! A watch has no deadline as a whole; [`Watch::give_up_after`] bounds how long it may be without a
-//! connection. Memory: one response.
+//! connection that serves. One serves if it brought more than the checkpoint with which each begins, or
+//! lasted; so a node that fails after its first word is left for longer and longer, and given up in the
+//! end. Memory: one response.
 
 mod event;
 
@@ -25,6 +27,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::time::{Instant, timeout, timeout_at};
 use tombolo_proto::v1;
+use tombolo_proto::v1::watch_event::Body;
 use tombolo_proto::v1::watch_request::Start;
 use tombolo_proto::v1::watch_service_client::WatchServiceClient;
 use tonic::{Code, Status, Streaming};
@@ -41,6 +44,8 @@ const SILENT_INTERVALS: u32 = 3;
 /// What a response may be late by on a busy machine.
 const SILENCE_MARGIN: Duration = Duration::from_secs(5);
 const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
+/// A connection that lasted this long after its first word has served, whatever it brought.
+const SERVED_AFTER: Duration = Duration::from_secs(1);
 
 /// A watch, to be read by [`Watch::stream`].
 #[derive(Clone, Debug)]
@@ -119,10 +124,29 @@ impl Watch {
         self
     }
 
-    /// How long the watch may be without a connection before it ends with an error. Default 60 s.
+    /// How long the watch may be without a connection that serves before it ends with an error. Default
+    /// 60 s.
     pub fn give_up_after(mut self, patience: Duration) -> Self {
         self.give_up_after = patience;
         self
+    }
+
+    /// Opens a stream at any node. The error names it.
+    async fn connect(&self) -> Result<Connection, (Status, Arc<str>)> {
+        let client = &self.call.client;
+        let route = client
+            .inner
+            .router
+            .route(&Target::AnyNode, None)
+            .map_err(|error| (Status::invalid_argument(error.to_string()), "".into()))?;
+        let request = describe(self.request.clone(), &route);
+        let address = route.address;
+        let mut service = WatchServiceClient::new(route.channel)
+            .max_decoding_message_size(client.inner.config.max_reply_bytes);
+        let opened = timeout(client.inner.config.deadline, service.watch(request)).await;
+        let opened = opened.unwrap_or_else(|_| Err(silent(&address)));
+        let stream = opened.map_err(|status| (status, address.clone()))?.into_inner();
+        Ok(Connection { stream, address, greeted: None })
     }
 
     /// What happens, in order. After an error the stream ends.
@@ -134,7 +158,8 @@ impl Watch {
         let reader = Reader {
             silence: self.interval.saturating_mul(SILENT_INTERVALS) + SILENCE_MARGIN,
             watch: self,
-            stream: None,
+            connection: None,
+            trouble: Trouble::default(),
             waiting: VecDeque::new(),
         };
         let items = futures::stream::try_unfold(reader, |mut reader| async move {
@@ -181,8 +206,40 @@ struct Reader {
     watch: Watch,
     /// How long the server may say nothing.
     silence: Duration,
-    stream: Option<(Streaming<v1::WatchResponse>, Arc<str>)>,
+    connection: Option<Connection>,
+    trouble: Trouble,
     waiting: VecDeque<Watched>,
+}
+
+/// An open stream of a node.
+struct Connection {
+    stream: Streaming<v1::WatchResponse>,
+    address: Arc<str>,
+    /// When the first response came.
+    greeted: Option<Instant>,
+}
+
+/// Failures since a connection last served.
+#[derive(Default)]
+struct Trouble {
+    backoff: Backoff,
+    /// When patience ends.
+    until: Option<Instant>,
+}
+
+impl Connection {
+    /// Whether this response shows that the connection serves: any but a checkpoint that comes first.
+    fn serves(&mut self, response: &v1::WatchResponse) -> bool {
+        let is_checkpoint =
+            |event: &v1::WatchEvent| matches!(event.body, Some(Body::Checkpoint(_)));
+        let is_first = self.greeted.is_none();
+        self.greeted.get_or_insert_with(Instant::now);
+        !is_first || !response.events.iter().all(is_checkpoint)
+    }
+
+    fn has_lasted(&self) -> bool {
+        self.greeted.is_some_and(|at| at.elapsed() >= SERVED_AFTER)
+    }
 }
 
 impl Reader {
@@ -198,14 +255,15 @@ impl Reader {
 
     /// Waits for the next response, opening the stream anew as long as patience lasts.
     async fn next_response(&mut self) -> Result<v1::WatchResponse> {
-        let mut backoff = Backoff::default();
-        let mut until = None;
         loop {
             let (status, address) = match self.receive().await {
                 Ok(response) => return Ok(response),
                 Err(failure) => failure,
             };
-            self.stream = None;
+            if self.connection.take().is_some_and(|it| it.has_lasted()) {
+                self.trouble = Trouble::default();
+            }
+            let Trouble { backoff, until } = &mut self.trouble;
             let until = *until.get_or_insert_with(|| Instant::now() + self.watch.give_up_after);
             let router = &self.watch.call.client.inner.router;
             let pause = match judge(&status, Safety::Read).verdict {
@@ -230,27 +288,18 @@ impl Reader {
 
     /// Takes in one message. The error names the node.
     async fn receive(&mut self) -> Result<v1::WatchResponse, (Status, Arc<str>)> {
-        let (stream, address) = match &mut self.stream {
-            Some((stream, address)) => (stream, address.clone()),
-            closed @ None => {
-                let client = &self.watch.call.client;
-                let route =
-                    client.inner.router.route(&Target::AnyNode, None).map_err(|error| {
-                        (Status::invalid_argument(error.to_string()), "".into())
-                    })?;
-                let request = describe(self.watch.request.clone(), &route);
-                let mut service = WatchServiceClient::new(route.channel)
-                    .max_decoding_message_size(client.inner.config.max_reply_bytes);
-                let opened = timeout(client.inner.config.deadline, service.watch(request)).await;
-                let address = route.address;
-                let opened = opened.unwrap_or_else(|_| Err(silent(&address)));
-                let stream = opened.map_err(|status| (status, address.clone()))?.into_inner();
-                let (stream, address) = closed.insert((stream, address));
-                (stream, address.clone())
-            }
+        let connection = match &mut self.connection {
+            Some(connection) => connection,
+            closed @ None => closed.insert(self.watch.connect().await?),
         };
-        match timeout(self.silence, stream.next()).await {
-            Ok(Some(Ok(response))) => Ok(response),
+        let address = connection.address.clone();
+        match timeout(self.silence, connection.stream.next()).await {
+            Ok(Some(Ok(response))) => {
+                if connection.serves(&response) {
+                    self.trouble = Trouble::default();
+                }
+                Ok(response)
+            }
             Ok(Some(Err(status))) => Err((status, address)),
             Ok(None) => Err((Status::unavailable("the server closed the watch"), address)),
             Err(_) => {

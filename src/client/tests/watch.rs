@@ -234,3 +234,32 @@ async fn a_server_that_falls_silent_is_left_and_patience_ends() {
     assert!(watched.len() > 2, "it was tried again");
     assert_eq!(watched[1].1.start, Some(Start::ResumeToken("t".into())));
 }
+
+/// A watch that reads on until it is given up; how many connections it took.
+async fn connections_until_given_up(region: &Region, patience: Duration) -> usize {
+    let mut stream = watch(region).await.give_up_after(patience).stream();
+    while stream.next().await.expect("an item or an end").is_ok() {}
+    region.watched().len()
+}
+
+#[tokio::test]
+async fn a_node_that_fails_after_its_first_word_is_asked_less_and_less_and_given_up() {
+    let region = Region::start(1).await;
+    let fails = |_| vec![Ok(response("t", vec![checkpoint()])), Err(Status::unavailable("no"))];
+    region.play((0..1000).map(fails));
+    let connections = connections_until_given_up(&region, Duration::from_secs(1)).await;
+    assert!((3..=12).contains(&connections), "{connections} connections in a second");
+}
+
+#[tokio::test]
+async fn a_connection_that_brings_changes_counts_and_patience_begins_anew() {
+    let region = Region::start(1).await;
+    let serves = |seq| {
+        let served = response("t", vec![Body::Change(change("k", Some("v"), seq))]);
+        vec![Ok(response("t", vec![checkpoint()])), Ok(served), Err(Status::unavailable("no"))]
+    };
+    let gone = refusal(Code::NotFound, "NAMESPACE_NOT_FOUND", &[]);
+    region.play((1..=40).map(serves).chain([vec![Err(gone)]]));
+    let connections = connections_until_given_up(&region, Duration::from_millis(300)).await;
+    assert_eq!(connections, 41, "each pause is a short one");
+}
