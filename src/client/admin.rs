@@ -15,6 +15,21 @@ const PAGE_SIZE: i32 = 1000;
 ///
 /// Listings are repeated when no node answers. Changes carry no request id, so they are repeated
 /// only when a node certainly did nothing.
+///
+/// ```no_run
+/// # async fn example(client: tombolo_client::Client) -> tombolo_client::Result<()> {
+/// use tombolo_client::proto::Rule;
+///
+/// let admin = client.admin();
+/// admin.create_namespace("carts", Rule::Siblings).await?;
+/// for namespace in admin.list_namespaces().await? {
+///     println!("{} has the rule {:?}", namespace.name, namespace.rule());
+/// }
+/// for region in admin.list_regions().await?.regions {
+///     println!("{} is {:?}, {:.1} s behind", region.name, region.state(), region.lag_seconds);
+/// }
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Admin {
     client: Client,

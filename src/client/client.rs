@@ -89,18 +89,29 @@ impl Client {
         self.admin().cluster().await
     }
 
-    /// The conflicts of one namespace. Does not check that it exists.
+    /// The conflicts of one namespace. Does not check that it exists. See [`Conflicts`].
     pub fn conflicts(&self, namespace: impl Into<String>) -> Conflicts {
         Conflicts::new(self.clone(), namespace.into())
     }
 
-    /// Namespaces, nodes, shards, regions and links.
+    /// Namespaces, nodes, shards, regions and links. See [`Admin`].
     pub fn admin(&self) -> Admin {
         Admin::new(self.clone())
     }
 
     /// A fresh id for one write. Calls take one by themselves; take it here to be able to repeat
     /// a write of unknown outcome later, with [`crate::Put::request_id`] and the like.
+    ///
+    /// ```no_run
+    /// # async fn example(us: tombolo_client::Client, eu: tombolo_client::Client) -> tombolo_client::Result<()> {
+    /// let id = us.next_request_id();
+    /// let sent = us.namespace("orders").put("42", "paid").request_id(id).await;
+    /// if sent.is_err_and(|error| error.outcome_unknown()) {
+    ///     // The region does not answer: ask another one. The order is paid once.
+    ///     eu.namespace("orders").put("42", "paid").request_id(id).await?;
+    /// }
+    /// # Ok(()) }
+    /// ```
     pub fn next_request_id(&self) -> v1::RequestId {
         let number = self.inner.next_number.fetch_add(1, Ordering::Relaxed);
         v1::RequestId { client: self.inner.client_id, number }

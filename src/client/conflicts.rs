@@ -25,6 +25,23 @@ const PAGE_SIZE_MAX: usize = 1000;
 /// The conflicts of one namespace, through any node. Cheap to clone.
 ///
 /// Lists show what the contacted region has. The ids of dropped values are the same in every region.
+///
+/// ```no_run
+/// # async fn example(client: tombolo_client::Client) -> tombolo_client::Result<()> {
+/// use tombolo_client::{ConflictFilter, Error};
+///
+/// let conflicts = client.conflicts("default");
+/// for row in conflicts.list(&ConflictFilter::default(), 100).await?.rows {
+///     let shown = conflicts.get(&row.id).await?;
+///     println!("{:?} holds {:?} and lost {:?}", row.key, shown.current, shown.conflict);
+///     match conflicts.restore(&row.id, &shown.context).await {
+///         Ok(written) => println!("it is back as {}", written.dot),
+///         Err(Error::Precondition { .. }) => println!("the key was written meanwhile: look again"),
+///         Err(error) => return Err(error),
+///     }
+/// }
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Conflicts {
     client: Client,
@@ -150,6 +167,14 @@ impl Conflicts {
     /// Lists keys that hold several values, without their bytes, those that wait longest first; at most
     /// `limit` of them, of keys that begin with `key_prefix`.
     ///
+    /// ```no_run
+    /// # async fn example(client: tombolo_client::Client) -> tombolo_client::Result<()> {
+    /// for open in client.conflicts("carts").list_open("", 100).await?.rows {
+    ///     println!("{:?} holds {} values", open.key, open.versions.len());
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
     /// # Errors
     /// As any read.
     pub async fn list_open(
@@ -181,6 +206,18 @@ impl Conflicts {
     /// Settles a key that holds several values, replacing exactly what the reply with this `context`
     /// showed.
     ///
+    /// ```no_run
+    /// # async fn example(client: tombolo_client::Client) -> tombolo_client::Result<()> {
+    /// use tombolo_client::Resolution;
+    ///
+    /// let got = client.namespace("carts").get("ada").await?;
+    /// if got.in_conflict() {
+    ///     let first = Resolution::Choose(got.versions[0].dot);
+    ///     client.conflicts("carts").resolve("ada", &got.context, first).await?;
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
     /// # Errors
     /// [`Error::Precondition`] with reason `CONFLICT_MOVED` if the key was written since; otherwise as
     /// any write.
@@ -208,6 +245,14 @@ impl Conflicts {
     }
 
     /// Counts this namespace's dropped values by the regions that won and lost.
+    ///
+    /// ```no_run
+    /// # async fn example(client: tombolo_client::Client) -> tombolo_client::Result<()> {
+    /// for row in client.conflicts("carts").stats().await?.stats {
+    ///     println!("{} won over {}: {} values", row.winner_region, row.loser_region, row.count);
+    /// }
+    /// # Ok(()) }
+    /// ```
     ///
     /// # Errors
     /// As any read.

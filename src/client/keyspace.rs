@@ -42,6 +42,15 @@ impl Keyspace {
     }
 
     /// Runs all calls of the result in this session.
+    ///
+    /// ```no_run
+    /// # async fn example(client: tombolo_client::Client) -> tombolo_client::Result<()> {
+    /// let session = client.session();
+    /// let carts = client.namespace("carts").with_session(&session);
+    /// carts.put("ada", "3 lemons").await?;
+    /// carts.get("ada").await?; // sees the put, whichever node answers
+    /// # Ok(()) }
+    /// ```
     pub fn with_session(&self, session: &Session) -> Self {
         Self { session: Some(session.clone()), ..self.clone() }
     }
@@ -52,6 +61,13 @@ impl Keyspace {
     }
 
     /// Stores a value. Without [`Put::context`] it replaces whatever the region holds.
+    ///
+    /// ```no_run
+    /// # async fn example(keys: tombolo_client::Keyspace) -> tombolo_client::Result<()> {
+    /// let written = keys.put("greeting", "hello").await?;
+    /// println!("written as {}", written.dot);
+    /// # Ok(()) }
+    /// ```
     pub fn put(&self, key: impl IntoBytes, value: impl IntoBytes) -> Put {
         let request = v1::PutRequest {
             namespace: self.name.to_string(),
@@ -64,6 +80,14 @@ impl Keyspace {
     }
 
     /// Deletes a key. Deleting an absent key succeeds.
+    ///
+    /// ```no_run
+    /// # async fn example(keys: tombolo_client::Keyspace) -> tombolo_client::Result<()> {
+    /// let got = keys.get("greeting").await?;
+    /// // Only what was read: a value that comes in between stays.
+    /// keys.delete("greeting").context(&got.context).await?;
+    /// # Ok(()) }
+    /// ```
     pub fn delete(&self, key: impl IntoBytes) -> Delete {
         let request = v1::DeleteRequest {
             namespace: self.name.to_string(),
@@ -75,6 +99,15 @@ impl Keyspace {
     }
 
     /// Reads a key: linearizable, or, in a session that has seen something, causal.
+    ///
+    /// ```no_run
+    /// # async fn example(keys: tombolo_client::Keyspace) -> tombolo_client::Result<()> {
+    /// match keys.get("greeting").await?.value() {
+    ///     Some(value) => println!("{value:?}"),
+    ///     None => println!("absent"),
+    /// }
+    /// # Ok(()) }
+    /// ```
     pub fn get(&self, key: impl IntoBytes) -> Get {
         let request = v1::GetRequest {
             namespace: self.name.to_string(),
@@ -86,6 +119,14 @@ impl Keyspace {
 
     /// Reads several keys; the answers are in the order of the keys. Not one snapshot. Any number
     /// of keys: they are asked for in parts, from each shard's leader.
+    ///
+    /// ```no_run
+    /// # async fn example(keys: tombolo_client::Keyspace) -> tombolo_client::Result<()> {
+    /// for got in keys.batch_get(["ada", "bob"]).await? {
+    ///     println!("{:?}: {:?}", got.key, got.value());
+    /// }
+    /// # Ok(()) }
+    /// ```
     pub fn batch_get<I>(&self, keys: I) -> BatchGet
     where
         I: IntoIterator,
@@ -100,26 +141,51 @@ impl Keyspace {
     }
 
     /// Lists keys in byte order, over all shards.
+    ///
+    /// ```no_run
+    /// # async fn example(keys: tombolo_client::Keyspace) -> tombolo_client::Result<()> {
+    /// for entry in keys.scan().prefix("cart:").limit(100).collect().await? {
+    ///     println!("{:?}: {:?}", entry.key, entry.value());
+    /// }
+    /// # Ok(()) }
+    /// ```
     pub fn scan(&self) -> Scan {
         Scan::new(self.start(), self.name.to_string())
     }
 
     /// Applies typed operations to a key, all or none.
+    ///
+    /// ```no_run
+    /// # async fn example(profiles: tombolo_client::Keyspace) -> tombolo_client::Result<()> {
+    /// use tombolo_client::Operations;
+    ///
+    /// let visit = Operations::new().field(["visits"]).add(1).field(["city"]).assign("Oslo");
+    /// let done = profiles.mutate("ada", visit).await?;
+    /// println!("visit number {:?}", done.sum);
+    /// # Ok(()) }
+    /// ```
     pub fn mutate(&self, key: impl IntoBytes, operations: Operations) -> Mutate {
         Mutate::new(self.start(), self.name.to_string(), key.into_bytes(), operations)
     }
 
     /// Adds to a counter; the answer has the sum.
+    ///
+    /// ```no_run
+    /// # async fn example(likes: tombolo_client::Keyspace) -> tombolo_client::Result<()> {
+    /// let sum = likes.add("post-7", 1).await?.sum;
+    /// assert_eq!(Some(likes.get("post-7").await?.counter()), sum);
+    /// # Ok(()) }
+    /// ```
     pub fn add(&self, key: impl IntoBytes, by: i64) -> Mutate {
         self.mutate(key, Operations::new().add(by))
     }
 
-    /// Follows changes, from now on unless the builder says otherwise.
+    /// Follows changes, from now on unless the builder says otherwise: see [`Watch`].
     pub fn watch(&self) -> Watch {
         Watch::new(self.start(), self.name.to_string())
     }
 
-    /// Several writes to keys of one shard, all or none, if all checks hold.
+    /// Several writes to keys of one shard, all or none, if all checks hold: see [`Commit`].
     pub fn commit(&self) -> Commit {
         Commit::new(self.start(), self.name.to_string())
     }
@@ -128,6 +194,17 @@ impl Keyspace {
     /// own writes included, and answers which. If they do not in time, the error is
     /// [`crate::Error::Deadline`], and its metadata names those that are missing. With 0 it only asks.
     /// Outside a session nothing was seen, and everybody has it.
+    ///
+    /// ```no_run
+    /// # async fn example(client: tombolo_client::Client) -> tombolo_client::Result<()> {
+    /// let orders = client.namespace("orders").with_session(&client.session());
+    /// for number in 1..=100 {
+    ///     orders.put(format!("{number}"), "paid").await?;
+    /// }
+    /// let replicated = orders.await_replication(1).await?;
+    /// println!("all of it is safe in {:?}", replicated.regions);
+    /// # Ok(()) }
+    /// ```
     pub fn await_replication(&self, regions: u32) -> AwaitReplication {
         AwaitReplication::new(self.start(), self.name.to_string(), regions)
     }
@@ -296,6 +373,20 @@ pub(crate) use write_options;
 write_options!(Put, Delete);
 
 /// A put that runs when awaited.
+///
+/// ```no_run
+/// # async fn example(keys: tombolo_client::Keyspace) -> tombolo_client::Result<()> {
+/// use std::time::Duration;
+///
+/// let got = keys.get("lock").await?;
+/// keys.put("lock", "me")
+///     .context(&got.context) // replaces what was read and nothing else
+///     .ttl(Duration::from_secs(30))
+///     .ack_regions(1) // answered when one more region has it
+///     .deadline(Duration::from_secs(2))
+///     .await?;
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 #[must_use = "does nothing unless awaited"]
 pub struct Put {

@@ -126,6 +126,16 @@ where
 }
 
 /// A mutation that runs when awaited.
+///
+/// ```no_run
+/// # async fn example(carts: tombolo_client::Keyspace) -> tombolo_client::Result<()> {
+/// use tombolo_client::Operations;
+///
+/// let cart = carts.get("ada").await?;
+/// // Empties it of what was read: an element that comes in between stays.
+/// carts.mutate("ada", Operations::new().delete()).context(&cart.context).await?;
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 #[must_use = "does nothing unless awaited"]
 pub struct Mutate {

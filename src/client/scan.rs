@@ -22,6 +22,26 @@ use tombolo_proto::v1;
 use tonic::{Status, Streaming};
 
 /// A scan, to be read by [`Scan::stream`] or [`Scan::collect`].
+///
+/// ```no_run
+/// # async fn example(keys: tombolo_client::Keyspace) -> tombolo_client::Result<()> {
+/// use futures::TryStreamExt;
+/// use std::ops::Bound;
+///
+/// let mut entries = keys.scan().range("2026-01".."2026-02").stream();
+/// while let Some(entry) = entries.try_next().await? {
+///     println!("{:?}: {:?}", entry.key, entry.value());
+/// }
+///
+/// // A page at a time: the next one begins behind the last key.
+/// let page = keys.scan().limit(50).collect().await?;
+/// if let Some(last) = page.last() {
+///     let behind = (Bound::Excluded(last.key.clone()), Bound::Unbounded);
+///     let next_page = keys.scan().range(behind).limit(50).collect().await?;
+///     println!("{} keys more", next_page.len());
+/// }
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 #[must_use = "does nothing unless streamed or collected"]
 pub struct Scan {

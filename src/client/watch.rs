@@ -48,6 +48,25 @@ const GIVE_UP_AFTER: Duration = Duration::from_secs(60);
 const SERVED_AFTER: Duration = Duration::from_secs(1);
 
 /// A watch, to be read by [`Watch::stream`].
+///
+/// ```no_run
+/// # async fn example(keys: tombolo_client::Keyspace, kept: Option<bytes::Bytes>) -> tombolo_client::Result<()> {
+/// use futures::TryStreamExt;
+/// use tombolo_client::WatchEvent;
+///
+/// let watch = keys.watch().prefix("cart:");
+/// let mut stream = match kept {
+///     Some(token) => watch.resume(token).stream(),
+///     None => watch.snapshot().stream(),
+/// };
+/// while let Some(item) = stream.try_next().await? {
+///     if let WatchEvent::Change(change) = &item.event {
+///         println!("{:?} = {:?}, {}", change.key, change.value(), change.dot);
+///     }
+///     // Keep `stream.token()` together with what was made of the items, to go on from it later.
+/// }
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 #[must_use = "does nothing unless streamed"]
 pub struct Watch {
