@@ -3,6 +3,7 @@
 use crate::connection::Connection;
 use crate::exit::{Exit, Failure};
 use crate::io::Io;
+use crate::mutate;
 use crate::output::{
     DotJson, Format, KeyEncoding, KeyJson, VersionJson, base64, json, show_version, table,
     versions_json,
@@ -12,11 +13,12 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
 use std::time::Duration;
-use tombolo_client::{Committed, Dot};
+use tombolo_client::{Committed, Dot, Operations, WriteResult};
 
 /// Applies several writes to keys of one shard, all or none, if all checks hold
 ///
-/// Keys share a shard when they share a hash tag, as in {cart-7}:items and {cart-7}:total.
+/// Keys share a shard when they share a hash tag, as in {cart-7}:items and {cart-7}:total. Pairs are
+/// split at the first =, and values are taken as they are.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Commit {
     /// - reads checks and writes as JSON from standard input
@@ -47,6 +49,13 @@ pub struct Commit {
     /// Delete a key
     #[arg(long, value_name = "KEY")]
     pub delete: Vec<String>,
+    /// Apply a typed operation, as mutate takes it; those on one key in order
+    #[arg(long, value_name = "KEY=OPERATION")]
+    pub mutate: Vec<String>,
+    /// Let the write of KEY replace exactly what the read with this context showed (base64, from get -o
+    /// json)
+    #[arg(long, value_name = "KEY=CONTEXT")]
+    pub context_token: Vec<String>,
     /// Wait until this many other regions have the writes
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub ack_regions: u32,
@@ -87,6 +96,9 @@ struct WriteJson {
     value: Option<String>,
     value_base64: Option<String>,
     ttl: Option<String>,
+    #[serde(default)]
+    mutate: Vec<String>,
+    context: Option<String>,
 }
 
 enum Check {
@@ -100,13 +112,20 @@ enum Check {
 enum Action {
     Put(Bytes, Option<Duration>),
     Delete,
+    Mutate(Operations),
+}
+
+struct PlannedWrite {
+    key: Bytes,
+    action: Action,
+    context: Option<Bytes>,
 }
 
 /// What is asked for, from either form.
 #[derive(Default)]
 struct Plan {
     checks: Vec<(Bytes, Check)>,
-    writes: Vec<(Bytes, Action)>,
+    writes: Vec<PlannedWrite>,
 }
 
 impl Commit {
@@ -122,6 +141,16 @@ impl Commit {
             }
             None => Plan::default(),
         };
+        self.add_checks(&mut plan)?;
+        self.add_writes(&mut plan)?;
+        if plan.checks.is_empty() && plan.writes.is_empty() {
+            return Err(Failure::Usage("nothing to check and nothing to write".into()));
+        }
+        Ok(plan)
+    }
+
+    fn add_checks(&self, plan: &mut Plan) -> Result<(), Failure> {
+        let encoding = self.connection.key_encoding;
         for key in &self.check_absent {
             plan.checks.push((encoding.parse(key)?, Check::Absent));
         }
@@ -130,8 +159,7 @@ impl Commit {
         }
         for pair in &self.check_value {
             let (key, value) = split(pair, "--check-value")?;
-            let value = Bytes::copy_from_slice(value.as_bytes());
-            plan.checks.push((encoding.parse(key)?, Check::Value(value)));
+            plan.checks.push((encoding.parse(key)?, Check::Value(literal(value)?)));
         }
         for pair in &self.check_dot {
             let (key, dot) = split(pair, "--check-dot")?;
@@ -141,18 +169,100 @@ impl Commit {
             let (key, context) = split(pair, "--check-context")?;
             plan.checks.push((encoding.parse(key)?, Check::Context(parse_context(context)?)));
         }
+        Ok(())
+    }
+
+    fn add_writes(&self, plan: &mut Plan) -> Result<(), Failure> {
+        let encoding = self.connection.key_encoding;
         for pair in &self.put {
             let (key, value) = split(pair, "--put")?;
-            let value = Bytes::copy_from_slice(value.as_bytes());
-            plan.writes.push((encoding.parse(key)?, Action::Put(value, self.ttl)));
+            plan.write(encoding.parse(key)?, Action::Put(literal(value)?, self.ttl));
         }
         for key in &self.delete {
-            plan.writes.push((encoding.parse(key)?, Action::Delete));
+            plan.write(encoding.parse(key)?, Action::Delete);
         }
-        if plan.checks.is_empty() && plan.writes.is_empty() {
-            return Err(Failure::Usage("nothing to check and nothing to write".into()));
+        for pair in &self.mutate {
+            let (key, operation) = split(pair, "--mutate")?;
+            plan.mutate(encoding.parse(key)?, operation)?;
         }
-        Ok(plan)
+        for pair in &self.context_token {
+            let (key, context) = split(pair, "--context-token")?;
+            let written = encoding.parse(key)?;
+            let write = plan.writes.iter_mut().find(|write| write.key == written);
+            let write = write.ok_or_else(|| {
+                Failure::Usage(format!("--context-token: the commit does not write `{key}`"))
+            })?;
+            write.context = Some(parse_context(context)?);
+        }
+        Ok(())
+    }
+}
+
+impl Plan {
+    fn write(&mut self, key: Bytes, action: Action) {
+        self.writes.push(PlannedWrite { key, action, context: None });
+    }
+
+    /// Adds an operation to those on the key.
+    fn mutate(&mut self, key: Bytes, operation: &str) -> Result<(), Failure> {
+        let planned = self.writes.iter_mut().find_map(|write| match &mut write.action {
+            Action::Mutate(operations) if write.key == key => Some(operations),
+            Action::Mutate(_) | Action::Put(..) | Action::Delete => None,
+        });
+        match planned {
+            Some(operations) => {
+                *operations = operation_of(std::mem::take(operations), operation)?;
+            }
+            None => {
+                let operations = operation_of(Operations::new(), operation)?;
+                self.write(key, Action::Mutate(operations));
+            }
+        }
+        Ok(())
+    }
+
+    fn build(&self, mut commit: tombolo_client::Commit) -> tombolo_client::Commit {
+        for (key, check) in &self.checks {
+            commit = match check {
+                Check::Absent => commit.check_absent(key),
+                Check::Present => commit.check_present(key),
+                Check::Value(value) => commit.check_value(key, value),
+                Check::Dot(dot) => commit.check_dot(key, *dot),
+                Check::Context(context) => commit.check_context(key, context),
+            };
+        }
+        for PlannedWrite { key, action, context } in &self.writes {
+            commit = match action {
+                Action::Put(value, None) => commit.put(key, value),
+                Action::Put(value, Some(ttl)) => commit.put_for(key, value, *ttl),
+                Action::Delete => commit.delete(key),
+                Action::Mutate(operations) => commit.mutate(key, operations.clone()),
+            };
+            if let Some(context) = context {
+                commit = commit.context(context);
+            }
+        }
+        commit
+    }
+}
+
+impl WriteJson {
+    fn action(self) -> Result<Action, Failure> {
+        let value = value(&self.key, self.value, self.value_base64)?;
+        let ttl = self.ttl.as_deref().map(humantime::parse_duration).transpose();
+        let ttl = ttl.map_err(|error| Failure::Usage(format!("ttl of `{}`: {error}", self.key)))?;
+        match (self.delete, value, &self.mutate[..], ttl) {
+            (false, Some(value), [], ttl) => Ok(Action::Put(value, ttl)),
+            (true, None, [], None) => Ok(Action::Delete),
+            (false, None, [_, ..], None) => {
+                let mut operations = self.mutate.iter().map(String::as_str);
+                operations.try_fold(Operations::new(), operation_of).map(Action::Mutate)
+            }
+            _ => Err(Failure::Usage(format!(
+                "the write of `{}` needs a value, delete or mutate, and a ttl only with a value",
+                self.key
+            ))),
+        }
     }
 }
 
@@ -179,21 +289,9 @@ impl Document {
             plan.checks.push((encoding.parse(&it.key)?, check));
         }
         for it in self.writes {
-            let value = value(&it.key, it.value, it.value_base64)?;
-            let ttl = it.ttl.as_deref().map(humantime::parse_duration).transpose();
-            let ttl =
-                ttl.map_err(|error| Failure::Usage(format!("ttl of `{}`: {error}", it.key)))?;
-            let action = match (it.delete, value, ttl) {
-                (false, Some(value), ttl) => Action::Put(value, ttl),
-                (true, None, None) => Action::Delete,
-                _ => {
-                    let key = it.key;
-                    return Err(Failure::Usage(format!(
-                        "the write of `{key}` needs a value or delete, and a ttl only with a value"
-                    )));
-                }
-            };
-            plan.writes.push((encoding.parse(&it.key)?, action));
+            let key = encoding.parse(&it.key)?;
+            let context = it.context.as_deref().map(parse_context).transpose()?;
+            plan.writes.push(PlannedWrite { key, action: it.action()?, context });
         }
         Ok(plan)
     }
@@ -214,6 +312,14 @@ fn value(
             Err(Failure::Usage(format!("`{key}` has both value and valueBase64")))
         }
     }
+}
+
+fn literal(text: &str) -> Result<Bytes, Failure> {
+    Ok(Bytes::copy_from_slice(text.as_bytes()))
+}
+
+fn operation_of(operations: Operations, text: &str) -> Result<Operations, Failure> {
+    mutate::add(operations, text, literal)
 }
 
 /// At the first `=`: keys with a `=` are given as hex.
@@ -256,6 +362,8 @@ struct ResultJson {
     conflict: bool,
     dot: DotJson,
     hybrid_time: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sum: Option<String>,
 }
 
 pub(crate) async fn commit(args: &Commit, io: &mut Io) -> Result<Exit, Failure> {
@@ -263,24 +371,8 @@ pub(crate) async fn commit(args: &Commit, io: &mut Io) -> Result<Exit, Failure> 
     let plan = args.plan(io)?;
     let session = args.session.open()?;
     let (_client, keys) = args.connection.connect(io, None).await?;
-    let mut commit = session.enter(keys).commit().ack_regions(args.ack_regions);
-    for (key, check) in &plan.checks {
-        commit = match check {
-            Check::Absent => commit.check_absent(key),
-            Check::Present => commit.check_present(key),
-            Check::Value(value) => commit.check_value(key, value),
-            Check::Dot(dot) => commit.check_dot(key, *dot),
-            Check::Context(context) => commit.check_context(key, context),
-        };
-    }
-    for (key, action) in &plan.writes {
-        commit = match action {
-            Action::Put(value, None) => commit.put(key, value),
-            Action::Put(value, Some(ttl)) => commit.put_for(key, value, *ttl),
-            Action::Delete => commit.delete(key),
-        };
-    }
-    let committed = commit.await?;
+    let commit = session.enter(keys).commit().ack_regions(args.ack_regions);
+    let committed = plan.build(commit).await?;
     session.keep()?;
     print(&committed, &plan, args.connection.format(io), encoding, io)?;
     if committed.committed {
@@ -310,6 +402,7 @@ fn print(
                 conflict: it.conflict,
                 dot: it.dot.into(),
                 hybrid_time: it.time.0.to_string(),
+                sum: it.sum.map(|sum| sum.to_string()),
             });
             let reply = CommittedJson {
                 committed: committed.committed,
@@ -321,15 +414,16 @@ fn print(
         }
         Format::Table if committed.committed => {
             let written = plan.writes.iter().zip(&committed.results);
-            let row =
-                |((key, action), result): (&(Bytes, Action), &tombolo_client::WriteResult)| {
-                    let action = match action {
-                        Action::Put(..) => "put",
-                        Action::Delete => "delete",
-                    };
-                    [encoding.show(key), action.into(), result.dot.to_string()]
+            let row = |(write, result): (&PlannedWrite, &WriteResult)| {
+                let action = match write.action {
+                    Action::Put(..) => "put",
+                    Action::Delete => "delete",
+                    Action::Mutate(_) => "mutate",
                 };
-            table(&mut io.out, ["KEY", "WRITE", "DOT"], written.map(row))?;
+                let sum = result.sum.map_or_else(String::new, |sum| sum.to_string());
+                [encoding.show(&write.key), action.into(), result.dot.to_string(), sum]
+            };
+            table(&mut io.out, ["KEY", "WRITE", "DOT", "SUM"], written.map(row))?;
         }
         Format::Table => {
             let rows = committed.failed.iter().map(|failed| {

@@ -6,6 +6,7 @@ use crate::exit::{Exit, Failure};
 use crate::io::Io;
 use crate::output::{DotJson, Format, RevisionJson, base64, json, show_time, table, unbase64};
 use crate::session_file::SessionOptions;
+use bytes::Bytes;
 use serde::Serialize;
 use std::io::Write;
 use tombolo_client::{Mutated, Operations};
@@ -37,7 +38,7 @@ pub(crate) async fn mutate(args: &Mutate, io: &mut Io) -> Result<Exit, Failure> 
     let key = args.connection.key_encoding.parse(&args.key)?;
     let mut operations = Operations::new();
     for text in &args.operations {
-        operations = add(operations, text, io)?;
+        operations = add(operations, text, |value| read_value(value, io))?;
     }
     let session = args.session.open()?;
     let (_client, keys) = args.connection.connect(io, None).await?;
@@ -52,8 +53,12 @@ pub(crate) async fn mutate(args: &Mutate, io: &mut Io) -> Result<Exit, Failure> 
     print(&mutated, args.connection.format(io), io)
 }
 
-/// Adds one operation of the command line.
-fn add(operations: Operations, text: &str, io: &mut Io) -> Result<Operations, Failure> {
+/// Adds one operation of the command line; `read` gives the bytes of its value.
+pub(crate) fn add(
+    operations: Operations,
+    text: &str,
+    mut read: impl FnMut(&str) -> Result<Bytes, Failure>,
+) -> Result<Operations, Failure> {
     let (call, value) = match text.split_once('=') {
         Some((call, value)) => (call, Some(value)),
         None => (text, None),
@@ -76,11 +81,11 @@ fn add(operations: Operations, text: &str, io: &mut Io) -> Result<Operations, Fa
             })?;
             operations.add(by)
         }
-        ("insert", Some(element)) => operations.insert(read_value(element, io)?),
-        ("remove", Some(element)) => operations.remove(read_value(element, io)?),
-        ("assign", Some(value)) => operations.assign(read_value(value, io)?),
-        ("max", Some(value)) => operations.maximum(read_value(value, io)?),
-        ("min", Some(value)) => operations.minimum(read_value(value, io)?),
+        ("insert", Some(element)) => operations.insert(read(element)?),
+        ("remove", Some(element)) => operations.remove(read(element)?),
+        ("assign", Some(value)) => operations.assign(read(value)?),
+        ("max", Some(value)) => operations.maximum(read(value)?),
+        ("min", Some(value)) => operations.minimum(read(value)?),
         ("enable", None) => operations.enable(),
         ("disable", None) => operations.disable(),
         ("delete", None) => operations.delete(),

@@ -9,6 +9,7 @@ use clap::Parser;
 use fake::{Fault, Region, refusal};
 use harness::{Cli, Ran, line};
 use insta::assert_snapshot;
+use tombolo_client::proto::write::Action;
 use tombolo_client::{Code, proto};
 use tombolo_commands::Exit;
 
@@ -155,7 +156,7 @@ async fn a_commit_writes_all_or_says_which_check_failed() {
         line("commit --check-absent {t}a --put {t}a=1 --put {t}b=2").on_tty().at(&region).await;
     assert_eq!(done.exit, Exit::Ok);
     assert_snapshot!(done.text(), @"
-    KEY   WRITE  DOT
+    KEY   WRITE  DOT    SUM
     {t}a  put    1.1:1
     {t}b  put    1.1:2
     ");
@@ -219,10 +220,53 @@ async fn a_commit_writes_all_or_says_which_check_failed() {
         r#"{"writes":[{"key":"a","delete":true,"ttl":"9s"}]}"#,
         r#"{"checks":[{"key":"a","context":"***"}]}"#,
         r#"{"checks":[{"key":"a","absent":true,"context":"AA=="}]}"#,
+        r#"{"writes":[{"key":"a","value":"x","mutate":["add=1"]}]}"#,
+        r#"{"writes":[{"key":"a","mutate":["add=1"],"ttl":"9s"}]}"#,
+        r#"{"writes":[{"key":"a","mutate":["grow=1"]}]}"#,
+        r#"{"writes":[{"key":"a","value":"x","context":"***"}]}"#,
     ] {
         let bad = line("commit -").input(nonsense).at(&region).await;
         assert_eq!(bad.exit, Exit::Usage, "{nonsense}: {}", bad.err);
     }
+}
+
+#[tokio::test]
+async fn a_commit_takes_typed_operations_and_contexts_in_both_forms() {
+    let region = Region::start(1).await;
+    let flags =
+        line("commit --put {t}a=1 --delete {t}b --mutate {t}c=add=2 --mutate {t}d=x/y:assign=@z")
+            .word("--mutate")
+            .word("{t}c=add=3")
+            .word("--context-token")
+            .word("{t}c=c2Vlbg==")
+            .on_tty()
+            .at(&region)
+            .await;
+    assert_snapshot!(flags.text(), @"
+    KEY   WRITE   DOT    SUM
+    {t}a  put     1.1:1
+    {t}b  delete  1.1:2
+    {t}c  mutate  1.1:3  3
+    {t}d  mutate  1.1:4
+    ");
+    let document = r#"{"writes": [
+        {"key": "{t}a", "value": "1"},
+        {"key": "{t}b", "delete": true},
+        {"key": "{t}c", "mutate": ["add=2", "add=3"], "context": "c2Vlbg=="},
+        {"key": "{t}d", "mutate": ["x/y:assign=@z"]}
+    ]}"#;
+    let json = line("commit -").input(document).at(&region).await;
+    assert!(json.text().contains(r#""sum":"3""#), "{json:?}");
+
+    let commits = region.state.lock().commits.clone();
+    assert_eq!(commits[0].writes, commits[1].writes);
+    let counter = &commits[0].writes[2];
+    assert_eq!(counter.context, "seen");
+    let Some(Action::Mutate(mutation)) = &counter.action else { panic!("{counter:?}") };
+    assert_eq!(mutation.operations.len(), 2);
+    let stray = line("commit --put a=1 --context-token b=c2Vlbg==").at(&region).await;
+    assert_eq!(stray.exit, Exit::Usage);
+    assert_snapshot!(stray.err, @"error: --context-token: the commit does not write `b`");
 }
 
 #[tokio::test]
