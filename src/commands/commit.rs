@@ -8,7 +8,7 @@ use crate::output::{
     DotJson, Format, KeyEncoding, KeyJson, VersionJson, base64, json, show_version, table,
     versions_json,
 };
-use crate::session_file::SessionOptions;
+use crate::write::WriteOptions;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
@@ -56,11 +56,8 @@ pub struct Commit {
     /// json)
     #[arg(long, value_name = "KEY=CONTEXT")]
     pub context_token: Vec<String>,
-    /// Wait until this many other regions have the writes
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub ack_regions: u32,
     #[command(flatten)]
-    pub session: SessionOptions,
+    pub write: WriteOptions,
     #[command(flatten)]
     pub connection: Connection,
 }
@@ -369,11 +366,10 @@ struct ResultJson {
 pub(crate) async fn commit(args: &Commit, io: &mut Io) -> Result<Exit, Failure> {
     let encoding = args.connection.key_encoding;
     let plan = args.plan(io)?;
-    let session = args.session.open()?;
-    let (_client, keys) = args.connection.connect(io, None).await?;
-    let commit = session.enter(keys).commit().ack_regions(args.ack_regions);
-    let committed = plan.build(commit).await?;
-    session.keep()?;
+    let writing = args.write.begin(&args.connection, io).await?;
+    let commit = writing.keys.commit().request_id(writing.id);
+    let commit = plan.build(commit.ack_regions(args.write.ack_regions));
+    let committed = writing.finish(commit).await?;
     print(&committed, &plan, args.connection.format(io), encoding, io)?;
     if committed.committed {
         Ok(Exit::Ok)

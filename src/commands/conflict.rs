@@ -10,8 +10,9 @@ use crate::exit::{Exit, Failure};
 use crate::io::Io;
 use crate::output::{
     Format, KeyEncoding, KeyJson, VersionJson, base64, json, json_list, show_time, show_value,
-    table, unbase64, version_json,
+    table, version_json,
 };
+use crate::write::parse_context;
 use bytes::Bytes;
 use clap::Subcommand;
 use serde::Serialize;
@@ -118,10 +119,6 @@ fn parse_since(text: &str) -> Result<SystemTime, String> {
     let ago = humantime::parse_duration(text)
         .map_err(|_| "a time such as 2026-08-01T12:00:00Z, or a duration such as 2h".to_owned())?;
     SystemTime::now().checked_sub(ago).ok_or_else(|| "before the beginning of time".to_owned())
-}
-
-fn parse_context(text: &str) -> Result<Bytes, Failure> {
-    unbase64(text).map_err(|error| Failure::Usage(format!("--context-token: {error}")))
 }
 
 pub(crate) async fn conflict(command: &ConflictCommand, io: &mut Io) -> Result<Exit, Failure> {

@@ -8,6 +8,7 @@ use crate::output::{
     show_version, table, unbase64, value_text, versions_json,
 };
 use crate::session_file::SessionOptions;
+use crate::write::{WriteOptions, parse_context};
 use bytes::Bytes;
 use futures::TryStreamExt;
 use serde::Serialize;
@@ -30,11 +31,8 @@ pub struct Put {
     /// Let the value expire after this long
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     pub ttl: Option<Duration>,
-    /// Wait until this many other regions have the write
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub ack_regions: u32,
     #[command(flatten)]
-    pub session: SessionOptions,
+    pub write: WriteOptions,
     #[command(flatten)]
     pub connection: Connection,
 }
@@ -46,11 +44,8 @@ pub struct Delete {
     /// Delete exactly what the read with this context showed (base64, from get -o json)
     #[arg(long, value_name = "CONTEXT")]
     pub context_token: Option<String>,
-    /// Wait until this many other regions have the write
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub ack_regions: u32,
     #[command(flatten)]
-    pub session: SessionOptions,
+    pub write: WriteOptions,
     #[command(flatten)]
     pub connection: Connection,
 }
@@ -156,37 +151,31 @@ pub(crate) fn read_value(text: &str, io: &mut Io) -> Result<Bytes, Failure> {
     }
 }
 
-fn parse_context(text: &str) -> Result<Bytes, Failure> {
-    unbase64(text).map_err(|error| Failure::Usage(format!("--context-token: {error}")))
-}
-
 pub(crate) async fn put(args: &Put, io: &mut Io) -> Result<Exit, Failure> {
     let key = args.connection.key_encoding.parse(&args.key)?;
     let value = read_value(&args.value, io)?;
-    let session = args.session.open()?;
-    let (_client, keys) = args.connection.connect(io, None).await?;
-    let mut put = session.enter(keys).put(key, value).ack_regions(args.ack_regions);
+    let writing = args.write.begin(&args.connection, io).await?;
+    let put = writing.keys.put(key, value).request_id(writing.id);
+    let mut put = put.ack_regions(args.write.ack_regions);
     if let Some(context) = &args.context_token {
         put = put.context(parse_context(context)?);
     }
     if let Some(ttl) = args.ttl {
         put = put.ttl(ttl);
     }
-    let written = put.await?;
-    session.keep()?;
+    let written = writing.finish(put).await?;
     print_written(&written, args.connection.format(io), io)
 }
 
 pub(crate) async fn delete(args: &Delete, io: &mut Io) -> Result<Exit, Failure> {
     let key = args.connection.key_encoding.parse(&args.key)?;
-    let session = args.session.open()?;
-    let (_client, keys) = args.connection.connect(io, None).await?;
-    let mut delete = session.enter(keys).delete(key).ack_regions(args.ack_regions);
+    let writing = args.write.begin(&args.connection, io).await?;
+    let delete = writing.keys.delete(key).request_id(writing.id);
+    let mut delete = delete.ack_regions(args.write.ack_regions);
     if let Some(context) = &args.context_token {
         delete = delete.context(parse_context(context)?);
     }
-    let written = delete.await?;
-    session.keep()?;
+    let written = writing.finish(delete).await?;
     print_written(&written, args.connection.format(io), io)
 }
 

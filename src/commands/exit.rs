@@ -3,10 +3,11 @@
 //! The codes are interface: `docs/operate/cli.md` lists them and a test holds them fixed.
 
 use crate::output::Format;
+use crate::write::show_request_id;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::io::Write;
-use tombolo_client::{Code, Error};
+use tombolo_client::{Code, Error, RequestId};
 
 /// The exit code of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +75,8 @@ pub enum Failure {
     /// With the place in the input or output where it happened.
     #[error("{place}: {error}")]
     Client { place: String, error: Error },
+    #[error("{error}; repeat the command with --request-id {} to learn it", show_request_id(.id))]
+    OutcomeUnknown { error: Error, id: RequestId },
     #[error("{0}")]
     Remote(#[from] Error),
     #[error("{0}")]
@@ -96,7 +99,9 @@ impl Failure {
             Self::Unhealthy => Exit::Unhealthy,
             Self::Interrupted(_) => Exit::Interrupted,
             Self::Other(_) => Exit::Other,
-            Self::Client { error, .. } | Self::Remote(error) => match error {
+            Self::Client { error, .. }
+            | Self::OutcomeUnknown { error, .. }
+            | Self::Remote(error) => match error {
                 Error::Precondition { .. } => Exit::CheckFailed,
                 Error::Unavailable { .. } | Error::Deadline { .. } => Exit::Unavailable,
                 Error::Denied { .. } => Exit::Denied,
@@ -117,12 +122,32 @@ impl Failure {
             Self::Unhealthy => ("FAILED_PRECONDITION", "UNHEALTHY"),
             Self::Interrupted(_) => ("CANCELLED", "INTERRUPTED"),
             Self::Other(_) => ("UNKNOWN", ""),
-            Self::Client { error, .. } | Self::Remote(error) => {
-                (code_name(error.code()), error.reason().unwrap_or_default())
-            }
+            Self::Client { error, .. }
+            | Self::OutcomeUnknown { error, .. }
+            | Self::Remote(error) => (code_name(error.code()), error.reason().unwrap_or_default()),
         };
+        let message = match self {
+            // The reason has a field of its own.
+            Self::OutcomeUnknown { error, .. } | Self::Remote(error) => said(error),
+            Self::Client { place, error } => format!("{place}: {}", said(error)),
+            Self::Usage(_)
+            | Self::Absent(_)
+            | Self::CheckFailed(_)
+            | Self::Conflict { .. }
+            | Self::Unhealthy
+            | Self::Interrupted(_)
+            | Self::Other(_) => self.to_string(),
+        };
+        Report { code, reason: reason.into(), message, details: self.details() }
+    }
+
+    /// What the server said beside its message, and what became of a write.
+    fn details(&self) -> BTreeMap<String, String> {
         let mut details = BTreeMap::new();
-        if let Self::Client { error, .. } | Self::Remote(error) = self {
+        if let Self::Client { error, .. }
+        | Self::OutcomeUnknown { error, .. }
+        | Self::Remote(error) = self
+        {
             if let Some(detail) = error.detail() {
                 details.clone_from(&detail.metadata);
             }
@@ -133,19 +158,10 @@ impl Failure {
                 details.insert("dot".into(), dot.to_string());
             }
         }
-        let message = match self {
-            // The reason has a field of its own.
-            Self::Remote(error) => said(error),
-            Self::Client { place, error } => format!("{place}: {}", said(error)),
-            Self::Usage(_)
-            | Self::Absent(_)
-            | Self::CheckFailed(_)
-            | Self::Conflict { .. }
-            | Self::Unhealthy
-            | Self::Interrupted(_)
-            | Self::Other(_) => self.to_string(),
-        };
-        Report { code, reason: reason.into(), message, details }
+        if let Self::OutcomeUnknown { id, .. } = self {
+            details.insert("request_id".into(), show_request_id(id));
+        }
+        details
     }
 
     /// Says it on standard error: a line of text, or, where output is JSON, an object.

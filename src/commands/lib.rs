@@ -31,6 +31,7 @@ mod session_file;
 mod status;
 mod verify;
 mod watch;
+mod write;
 
 pub use await_replication::AwaitReplication;
 pub use commit::Commit;
@@ -49,6 +50,7 @@ pub use output::{Format, KeyEncoding};
 pub use region::RegionCommand;
 pub use session_file::SessionOptions;
 pub use watch::Watch;
+pub use write::WriteOptions;
 
 use std::io::Write;
 

@@ -4,8 +4,8 @@ use crate::connection::Connection;
 use crate::data::{parse_path, read_value};
 use crate::exit::{Exit, Failure};
 use crate::io::Io;
-use crate::output::{DotJson, Format, RevisionJson, base64, json, show_time, table, unbase64};
-use crate::session_file::SessionOptions;
+use crate::output::{DotJson, Format, RevisionJson, base64, json, show_time, table};
+use crate::write::{WriteOptions, parse_context};
 use bytes::Bytes;
 use serde::Serialize;
 use std::io::Write;
@@ -25,11 +25,8 @@ pub struct Mutate {
     /// Remove and replace exactly what the read with this context showed (base64, from get -o json)
     #[arg(long, value_name = "CONTEXT")]
     pub context_token: Option<String>,
-    /// Wait until this many other regions have the write
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub ack_regions: u32,
     #[command(flatten)]
-    pub session: SessionOptions,
+    pub write: WriteOptions,
     #[command(flatten)]
     pub connection: Connection,
 }
@@ -40,16 +37,13 @@ pub(crate) async fn mutate(args: &Mutate, io: &mut Io) -> Result<Exit, Failure> 
     for text in &args.operations {
         operations = add(operations, text, |value| read_value(value, io))?;
     }
-    let session = args.session.open()?;
-    let (_client, keys) = args.connection.connect(io, None).await?;
-    let mut mutate = session.enter(keys).mutate(key, operations).ack_regions(args.ack_regions);
+    let writing = args.write.begin(&args.connection, io).await?;
+    let mutate = writing.keys.mutate(key, operations).request_id(writing.id);
+    let mut mutate = mutate.ack_regions(args.write.ack_regions);
     if let Some(context) = &args.context_token {
-        let context = unbase64(context)
-            .map_err(|error| Failure::Usage(format!("--context-token: {error}")))?;
-        mutate = mutate.context(context);
+        mutate = mutate.context(parse_context(context)?);
     }
-    let mutated = mutate.await?;
-    session.keep()?;
+    let mutated = writing.finish(mutate).await?;
     print(&mutated, args.connection.format(io), io)
 }
 

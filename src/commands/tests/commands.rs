@@ -12,6 +12,7 @@ use insta::assert_snapshot;
 use tombolo_client::proto::write::Action;
 use tombolo_client::{Code, proto};
 use tombolo_commands::Exit;
+use tonic::Status;
 
 #[tokio::test]
 async fn put_get_and_delete_print_tables_on_a_terminal() {
@@ -270,6 +271,39 @@ async fn a_commit_takes_typed_operations_and_contexts_in_both_forms() {
 }
 
 #[tokio::test]
+async fn a_write_of_unknown_outcome_says_how_to_learn_it() {
+    let region = Region::start(1).await;
+    for (method, command) in [
+        ("put", "put k v"),
+        ("delete", "delete k"),
+        ("mutate", "mutate k add=1"),
+        ("commit", "commit --put k=v"),
+    ] {
+        region.fail(None, method, Fault::ApplyThen(Status::internal("disk")));
+        let lost = line(command).at(&region).await;
+        let id = region.calls(method)[0].request_id.expect("an id");
+        let repeat = format!("--request-id {}-{}", id.client, id.number);
+        assert_eq!(
+            lost.err,
+            format!(
+                "error: disk; whether the write was applied is unknown; repeat the command with \
+                 {repeat} to learn it\n"
+            )
+        );
+        let known = line(&format!("{command} {repeat}")).at(&region).await;
+        assert_eq!(known.exit, Exit::Ok, "{}", known.err);
+        assert_eq!(region.calls(method)[1].request_id, Some(id));
+    }
+    region.fail(None, "put", Fault::ApplyThen(Status::internal("disk")));
+    let lost = line("put k v --request-id 4711-3 -o json").at(&region).await;
+    assert_snapshot!(lost.err, @r#"{"code":"INTERNAL","reason":"","message":"disk","details":{"outcome":"unknown","request_id":"4711-3"}}"#);
+    for bad in ["4711", "4711-", "-1", "a-1", "4711-1-1"] {
+        let parsed = Cli::try_parse_from(["tombolo", "delete", "k", "--request-id", bad]);
+        assert!(parsed.is_err(), "{bad}");
+    }
+}
+
+#[tokio::test]
 async fn a_commit_checks_that_nothing_was_written_since_a_read() {
     let region = Region::start(1).await;
     let put = line("commit --check-context k= --put k=1 --ttl 1h").on_tty().at(&region).await;
@@ -311,6 +345,27 @@ async fn await_replication_says_who_has_it_or_who_is_missing() {
     let error: serde_json::Value = serde_json::from_str(&late.err).expect("an object");
     assert_eq!(error["details"]["missing"], "ap");
     assert_eq!(line("await-replication").at(&region).await.exit, Exit::Usage, "of which session?");
+}
+
+#[tokio::test]
+async fn a_session_file_knows_a_write_whose_acknowledgements_are_missing() {
+    let region = Region::start(1).await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("session");
+    // The token of the first write of `greeting`.
+    let metadata = [("dot", "1.1:1"), ("session_token", "Im/xzc0BAQABAQEBTr6aPod28iw=")];
+    let status = refusal(Code::DeadlineExceeded, "ACK_REGIONS_PENDING", &metadata);
+    region.fail(None, "put", Fault::ApplyThen(status));
+    let put = line("put greeting v --ack-regions 2 --session-file").word(&file).at(&region).await;
+    assert_eq!(put.exit, Exit::Unavailable);
+    line("await-replication --session-file").word(&file).at(&region).await;
+    assert_eq!(region.calls("await_replication")[0].token, fake::token(b"greeting", 1));
+
+    let refused = refusal(Code::InvalidArgument, "KEY_TOO_LONG", &[]);
+    region.fail(None, "put", Fault::Refuse(refused));
+    let other = dir.path().join("other");
+    line("put k v --session-file").word(&other).at(&region).await;
+    assert!(!other.exists(), "nothing was seen");
 }
 
 #[tokio::test]
