@@ -38,7 +38,7 @@ enum Command {
     #[command(subcommand)]
     Config(ConfigCommand),
     #[command(flatten)]
-    Data(DataCommand),
+    Data(Box<DataCommand>),
 }
 
 /// Where a server's configuration comes from: defaults, then the file, then the environment
@@ -106,7 +106,7 @@ pub fn main() -> ExitCode {
             Ok(ExitCode::SUCCESS)
         }),
         Command::Data(command) => run(async {
-            Ok(tombolo_commands::run(command, Cli::command(), Io::standard()).await.into())
+            Ok(tombolo_commands::run(*command, Cli::command(), Io::standard()).await.into())
         }),
     }
 }

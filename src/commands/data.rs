@@ -1,4 +1,4 @@
-//! `put`, `get`, `delete`, `scan`: one key or one range.
+//! `put`, `get`, `delete`, `scan`: single keys, or a range of them.
 
 use crate::connection::Connection;
 use crate::exit::{Exit, Failure};
@@ -50,10 +50,15 @@ pub struct Delete {
     pub connection: Connection,
 }
 
-/// Reads a key
+/// Reads a key, or several
+///
+/// Several keys are rows of one table, or listed as scan lists them. Ends with code 3 if any of them is
+/// absent; the others are shown all the same.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Get {
-    pub key: String,
+    /// One key, or several
+    #[arg(required = true, value_name = "KEY")]
+    pub keys: Vec<String>,
     /// linearizable, causal, local, or stale:DURATION [default: causal in a session, else
     /// linearizable]
     #[arg(long, value_name = "LEVEL", value_parser = parse_consistency)]
@@ -237,8 +242,48 @@ struct GotJson {
 }
 
 pub(crate) async fn get(args: &Get, io: &mut Io) -> Result<Exit, Failure> {
+    let gots = match &args.keys[..] {
+        [key] => vec![get_one(args, key, io).await?],
+        keys => get_several(args, keys, io).await?,
+    };
+    let absent = gots.iter().filter(|got| got.versions.is_empty());
+    let absent: Vec<_> = absent.map(|got| args.connection.key_encoding.show(&got.key)).collect();
+    if absent.is_empty() { Ok(Exit::Ok) } else { Err(Failure::Absent(absent)) }
+}
+
+impl Get {
+    /// Demands one value of each key with `--one`.
+    fn check_conflicts(&self, gots: &[Got]) -> Result<(), Failure> {
+        match gots.iter().find(|got| self.one && got.in_conflict()) {
+            Some(got) => {
+                let key = self.connection.key_encoding.show(&got.key);
+                Err(Failure::Conflict { key, versions: got.versions.len() })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses what is about the value of one key.
+    fn check_several(&self) -> Result<(), Failure> {
+        let of_one = [
+            ("--field", self.field.is_some()),
+            ("--elements", self.elements > 0),
+            ("--elements-from", self.elements_from.is_some()),
+            ("--element", !self.element.is_empty()),
+            ("-o raw", self.connection.output == Some(Format::Raw)),
+        ];
+        match of_one.iter().find(|(_, is_given)| *is_given) {
+            Some((flag, _)) => Err(Failure::Usage(format!(
+                "{flag} is for one key: get the keys one by one, or leave it out"
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+async fn get_one(args: &Get, key: &str, io: &mut Io) -> Result<Got, Failure> {
     let encoding = args.connection.key_encoding;
-    let key = encoding.parse(&args.key)?;
+    let key = encoding.parse(key)?;
     let session = args.session.open()?;
     let (_client, keys) = args.connection.connect(io, None).await?;
     let mut get = session.enter(keys).get(key);
@@ -260,14 +305,45 @@ pub(crate) async fn get(args: &Get, io: &mut Io) -> Result<Exit, Failure> {
     // A value in a pipe is a value: `x=$(tombolo get key)`.
     let in_pipe = if io.out_is_tty { Format::Table } else { Format::Raw };
     let format = args.connection.output.unwrap_or(in_pipe);
-    if args.one && got.in_conflict() {
-        let versions = got.versions.len();
-        return Err(Failure::Conflict { key: encoding.show(&got.key), versions });
-    }
+    args.check_conflicts(std::slice::from_ref(&got))?;
     print_got(&got, format, encoding, io)?;
-    match got.value() {
-        Some(_) => Ok(Exit::Ok),
-        None => Err(Failure::Absent(encoding.show(&got.key))),
+    Ok(got)
+}
+
+async fn get_several(args: &Get, keys: &[String], io: &mut Io) -> Result<Vec<Got>, Failure> {
+    args.check_several()?;
+    let encoding = args.connection.key_encoding;
+    let keys: Vec<Bytes> = keys.iter().map(|key| encoding.parse(key)).collect::<Result<_, _>>()?;
+    let session = args.session.open()?;
+    let (_client, space) = args.connection.connect(io, None).await?;
+    let mut get = session.enter(space).batch_get(keys);
+    if let Some(consistency) = args.consistency {
+        get = get.consistency(consistency);
+    }
+    let gots = get.await?;
+    session.keep()?;
+
+    args.check_conflicts(&gots)?;
+    let format = args.connection.format(io);
+    let mut printer = EntryPrinter::new(format, encoding, false);
+    for got in &gots {
+        if format == Format::Table {
+            print_notes(got, &format!("{}: ", encoding.show(&got.key)), io)?;
+        }
+        printer.print(&entry_of(got), io)?;
+    }
+    printer.finish(io)?;
+    Ok(gots)
+}
+
+/// A key of a batch as a scan lists it, and an absent one without versions.
+fn entry_of(got: &Got) -> Entry {
+    Entry {
+        key: got.key.clone(),
+        versions: got.versions.clone(),
+        context: got.context.clone(),
+        partial: got.partial,
+        settle_time: got.settle_time,
     }
 }
 
@@ -286,13 +362,7 @@ fn print_got(got: &Got, format: Format, encoding: KeyEncoding, io: &mut Io) -> R
             json(&mut io.out, format, &reply)?;
         }
         Format::Table => {
-            if !got.next_elements.is_empty() {
-                writeln!(io.err, "there are more elements; -o json has the token to go on with")?;
-            }
-            if let Some(at) = got.settle_time {
-                let at = show_instant(at);
-                writeln!(io.err, "these values wait to be settled; at {at} the first is taken")?;
-            }
+            print_notes(got, "", io)?;
             if !got.versions.is_empty() {
                 table(&mut io.out, VERSION_COLUMNS, rows(&got.key, &got.versions, encoding))?;
             }
@@ -308,6 +378,22 @@ fn print_got(got: &Got, format: Format, encoding: KeyEncoding, io: &mut Io) -> R
     Ok(())
 }
 
+/// What a table has no column for.
+fn print_notes(got: &Got, place: &str, io: &mut Io) -> std::io::Result<()> {
+    if got.partial {
+        let rest = match got.next_elements.is_empty() {
+            true => "a get of this key alone pages through them",
+            false => "-o json has the token to go on with",
+        };
+        writeln!(io.err, "{place}there are more elements; {rest}")?;
+    }
+    if let Some(at) = got.settle_time {
+        let at = show_instant(at);
+        writeln!(io.err, "{place}these values wait to be settled; at {at} the first is taken")?;
+    }
+    Ok(())
+}
+
 fn show_instant(at: SystemTime) -> String {
     humantime::format_rfc3339_millis(at).to_string()
 }
@@ -315,6 +401,10 @@ fn show_instant(at: SystemTime) -> String {
 const VERSION_COLUMNS: [&str; 5] = ["KEY", "VALUE", "REGION", "TIME", "DOT"];
 
 fn rows(key: &[u8], versions: &[Version], encoding: KeyEncoding) -> Vec<[String; 5]> {
+    if versions.is_empty() {
+        let [region, time, dot] = [const { String::new() }; 3];
+        return vec![[encoding.show(key), "(absent)".to_owned(), region, time, dot]];
+    }
     let row = |version: &Version| {
         [
             encoding.show(key),
@@ -328,6 +418,7 @@ fn rows(key: &[u8], versions: &[Version], encoding: KeyEncoding) -> Vec<[String;
 }
 
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct EntryJson {
     #[serde(flatten)]
     key: KeyJson,

@@ -62,8 +62,8 @@ impl From<Exit> for std::process::ExitCode {
 pub enum Failure {
     #[error("{0}")]
     Usage(String),
-    #[error("key {0} is absent")]
-    Absent(String),
+    #[error("{}", absent(.0))]
+    Absent(Vec<String>),
     #[error("{0} of the commit's checks failed; nothing was written")]
     CheckFailed(usize),
     #[error("key {key} has {versions} concurrent values")]
@@ -174,6 +174,13 @@ impl Failure {
             }
             Format::Table | Format::Raw => writeln!(err, "error: {self}"),
         }
+    }
+}
+
+fn absent(keys: &[String]) -> String {
+    match keys {
+        [key] => format!("key {key} is absent"),
+        keys => format!("keys {} are absent", keys.join(", ")),
     }
 }
 

@@ -105,6 +105,48 @@ async fn a_value_in_a_pipe_is_the_value_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn several_keys_are_rows_of_one_table_or_lines_like_those_of_a_scan() {
+    let region = Region::start(1).await;
+    region.put("default", "a", "1");
+    region.put("default", "b", "2");
+    region.put_concurrent("default", "b", "3");
+    region.state.lock().partial.insert("a".into());
+    let some = line("get b none a gone").on_tty().at(&region).await;
+    assert_eq!(some.exit, Exit::Absent);
+    assert_snapshot!(String::from_utf8_lossy(&some.out), @"
+    KEY   VALUE     REGION  TIME                      DOT
+    b     2         us      2023-11-14T22:13:22.000Z  1.1:2
+    b     3         us      2023-11-14T22:13:23.000Z  1.1:3
+    none  (absent)
+    a     1         us      2023-11-14T22:13:21.000Z  1.1:1
+    gone  (absent)
+    ");
+    assert_snapshot!(some.err, @"
+    a: there are more elements; a get of this key alone pages through them
+    error: keys none, gone are absent
+    ");
+    assert_snapshot!(line("get a b").at(&region).await.text(), @r#"
+    {"key":"a","versions":[{"dot":{"region":1,"incarnation":1,"seq":"1"},"value":{"data":"MQ=="},"originRegion":"us","writeTime":"2023-11-14T22:13:21.000Z","hybridTime":"111411200065536000"}],"context":"","partial":true}
+    {"key":"b","versions":[{"dot":{"region":1,"incarnation":1,"seq":"2"},"value":{"data":"Mg=="},"originRegion":"us","writeTime":"2023-11-14T22:13:22.000Z","hybridTime":"111411200131072000"},{"dot":{"region":1,"incarnation":1,"seq":"3"},"value":{"data":"Mw=="},"originRegion":"us","writeTime":"2023-11-14T22:13:23.000Z","hybridTime":"111411200196608000"}],"context":""}
+    "#);
+    let document = line("get a none -o json").at(&region).await;
+    assert_eq!(document.exit, Exit::Absent);
+    let document: serde_json::Value = serde_json::from_slice(&document.out).expect("one document");
+    assert_eq!(document["results"][1]["key"], "none");
+    assert_eq!(document["results"][1]["versions"].as_array().map(Vec::len), Some(0));
+
+    assert_eq!(line("get a b --one").at(&region).await.exit, Exit::Conflict);
+    for flag in ["--field x", "--elements 3", "--elements-from AA==", "--element x", "-o raw"] {
+        let refused = line(&format!("get a b {flag}")).at(&region).await;
+        assert_eq!(refused.exit, Exit::Usage, "{flag}");
+        assert!(refused.err.contains("get the keys one by one"), "{}", refused.err);
+    }
+    let batches = region.calls("batch_get");
+    line("get a b --consistency local").at(&region).await;
+    assert_ne!(region.calls("batch_get")[batches.len()].consistency, batches[0].consistency);
+}
+
+#[tokio::test]
 async fn keys_are_written_in_the_encoding_asked_for() {
     let region = Region::start(1).await;
     for (word, encoding) in [("00ff5c", "hex"), ("AP9c", "base64")] {
@@ -666,7 +708,7 @@ fn help_is_written_down() {
 
     Commands:
       put                Stores a value
-      get                Reads a key
+      get                Reads a key, or several
       delete             Deletes a key
       scan               Lists keys in byte order
       mutate             Applies typed operations to a key, all or none
@@ -684,12 +726,12 @@ fn help_is_written_down() {
       -h, --help  Print help
     ");
     assert_snapshot!(help("get"), @r#"
-    Reads a key
+    Reads a key, or several
 
-    Usage: tombolo get [OPTIONS] <KEY>
+    Usage: tombolo get [OPTIONS] <KEY>...
 
     Arguments:
-      <KEY>  
+      <KEY>...  One key, or several
 
     Options:
           --consistency <LEVEL>    linearizable, causal, local, or stale:DURATION [default: causal in a
