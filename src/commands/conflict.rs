@@ -12,6 +12,7 @@ use crate::output::{
     Format, KeyEncoding, KeyJson, VersionJson, base64, json, json_list, show_time, show_value,
     table, version_json,
 };
+use crate::session_file::SessionOptions;
 use crate::write::parse_context;
 use bytes::Bytes;
 use clap::Subcommand;
@@ -60,6 +61,8 @@ pub enum ConflictCommand {
         #[arg(long, conflicts_with = "context_token")]
         latest: bool,
         #[command(flatten)]
+        session: SessionOptions,
+        #[command(flatten)]
         connection: Connection,
     },
     /// Settles a key that holds several values; refused if the key was written since they were shown
@@ -71,6 +74,8 @@ pub enum ConflictCommand {
         context_token: String,
         #[command(flatten)]
         choice: Choice,
+        #[command(flatten)]
+        session: SessionOptions,
         #[command(flatten)]
         connection: Connection,
     },
@@ -151,22 +156,27 @@ pub(crate) async fn conflict(command: &ConflictCommand, io: &mut Io) -> Result<E
             print_shown(&shown, format, keys, io)?;
             warn_unreachable(&shown.unreachable, io)
         }
-        ConflictCommand::Restore { id, context_token, .. } => {
+        ConflictCommand::Restore { id, context_token, session, .. } => {
+            let session = session.open()?;
             let context = match context_token {
                 Some(context) => parse_context(context)?,
                 None => conflicts.get(id).await?.context,
             };
-            let written = conflicts.restore(id, context).await?;
+            let written = session.enter_conflicts(conflicts).restore(id, context).await?;
+            session.keep()?;
             print_written(&written, format, io)
         }
-        ConflictCommand::Resolve { key, context_token, choice, .. } => {
+        ConflictCommand::Resolve { key, context_token, choice, session, .. } => {
+            let session = session.open()?;
             let context = parse_context(context_token)?;
             let resolution = match choice {
                 Choice { choose: Some(dot), .. } => Resolution::Choose(*dot),
                 Choice { value: Some(value), .. } => Resolution::Value(read_value(value, io)?),
                 Choice { .. } => Resolution::Delete,
             };
+            let conflicts = session.enter_conflicts(conflicts);
             let written = conflicts.resolve(keys.parse(key)?, context, resolution).await?;
+            session.keep()?;
             print_written(&written, format, io)
         }
         ConflictCommand::Stats { all, .. } => {
@@ -217,6 +227,9 @@ struct ConflictJson {
     namespace: String,
     #[serde(flatten)]
     key: KeyJson,
+    /// In a map, the register that it is about.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    field_path: Vec<String>,
     winner: VersionJson,
     loser: VersionJson,
     loser_is_delete: bool,
@@ -233,6 +246,7 @@ impl ConflictJson {
             id: it.id.clone(),
             namespace: it.namespace.clone(),
             key: keys.json(&it.key),
+            field_path: it.field_path.clone(),
             winner: version_json(&winner),
             loser: version_json(&loser),
             loser_is_delete: it.loser_is_delete,
@@ -263,6 +277,7 @@ fn print_conflicts(
                 [
                     it.id.clone(),
                     keys.show(&it.key),
+                    it.field_path.join("/"),
                     format!("{lost} of {}", loser.origin_region),
                     time_of(&loser),
                     winner.origin_region.clone(),
@@ -270,10 +285,19 @@ fn print_conflicts(
                     cause(it),
                 ]
             };
-            let header = ["ID", "KEY", "LOST", "WRITTEN", "WON", "WRITTEN", "CAUSE"];
-            table(out, header, conflicts.iter().map(row))
+            let header = ["ID", "KEY", "FIELD", "LOST", "WRITTEN", "WON", "WRITTEN", "CAUSE"];
+            let rows = conflicts.iter().map(row);
+            if conflicts.iter().any(|it| !it.field_path.is_empty()) {
+                return table(out, header, rows);
+            }
+            table(out, without_field(header), rows.map(without_field))
         }
     }
+}
+
+/// The columns of a list in which nothing is about a field.
+fn without_field<T>([id, key, _, lost, lost_at, won, won_at, cause]: [T; 8]) -> [T; 7] {
+    [id, key, lost, lost_at, won, won_at, cause]
 }
 
 #[derive(Serialize)]
@@ -311,6 +335,9 @@ fn print_shown(
         Format::Table => {
             let out = &mut io.out;
             writeln!(out, "key      {}", keys.show(&conflict.key))?;
+            if !conflict.field_path.is_empty() {
+                writeln!(out, "field    {}", conflict.field_path.join("/"))?;
+            }
             writeln!(out, "rule     {}", word(shown.rule().as_str_name(), "RULE_"))?;
             writeln!(out, "cause    {}", cause(&conflict))?;
             writeln!(out, "noted    {}", show_timestamp(conflict.resolve_time))?;
@@ -327,20 +354,88 @@ fn print_shown(
             rows.extend(shown.current.iter().map(|it| row("now", it, false)));
             table(out, ["", "VALUE", "REGION", "TIME", "DOT"], rows)?;
             if shown.current.is_empty() {
-                writeln!(out, "now: nothing, the key is absent")?;
+                let part = if conflict.field_path.is_empty() { "key" } else { "field" };
+                writeln!(out, "now: nothing, the {part} is absent")?;
             }
             writeln!(out)?;
-            writeln!(out, "to put the lost value back, as long as the key stays as it is now:")?;
-            writeln!(
-                out,
-                "  tombolo ctl conflict restore {} -n {} --context-token '{}'",
-                conflict.id,
-                conflict.namespace,
-                base64(&shown.context)
-            )?;
+            print_way_back(shown, &conflict, keys, out)?;
         }
     }
     Ok(())
+}
+
+/// Prints the command that puts the lost value back.
+fn print_way_back(
+    shown: &v1::GetConflictResponse,
+    conflict: &v1::Conflict,
+    keys: KeyEncoding,
+    out: &mut dyn Write,
+) -> std::io::Result<()> {
+    let v1::Conflict { id, namespace, .. } = conflict;
+    match shown.rule() {
+        v1::Rule::Unspecified | v1::Rule::Lww | v1::Rule::Siblings => {
+            let context = base64(&shown.context);
+            writeln!(out, "to put the lost value back, as long as the key stays as it is now:")?;
+            writeln!(
+                out,
+                "  tombolo ctl conflict restore {id} -n {namespace} --context-token '{context}'"
+            )
+        }
+        v1::Rule::Counter
+        | v1::Rule::Set
+        | v1::Rule::Map
+        | v1::Rule::Flag
+        | v1::Rule::Max
+        | v1::Rule::Min => match mutation(conflict, keys) {
+            Some(mutation) => {
+                writeln!(out, "to put the lost value back, over whatever the field holds then:")?;
+                writeln!(out, "  {mutation}")
+            }
+            None => writeln!(
+                out,
+                "the field's name cannot be written on a command line: to put the lost value back, \
+                 assign it with the client library"
+            ),
+        },
+    }
+}
+
+/// The command that writes the lost value of a field again; `None` if no operation can name the field.
+fn mutation(conflict: &v1::Conflict, keys: KeyEncoding) -> Option<String> {
+    let v1::Conflict { id, namespace, field_path, .. } = conflict;
+    let is_plain = |name: &String| !name.is_empty() && !name.contains(['/', '=']);
+    if !field_path.iter().all(is_plain) || field_path.first()?.starts_with('-') {
+        return None;
+    }
+    let field = field_path.join("/");
+    let key = key_words(&conflict.key, keys);
+    if conflict.loser_is_delete {
+        let operation = shell_word(&format!("{field}:delete"));
+        return Some(format!("tombolo mutate {key} {operation} -n {namespace}"));
+    }
+    // Through a pipe, because it may be any bytes.
+    let operation = shell_word(&format!("{field}:assign=-"));
+    Some(format!(
+        "tombolo ctl conflict show {id} -n {namespace} -o raw | tombolo mutate {key} {operation} -n {namespace}"
+    ))
+}
+
+/// A key as words of a command line, in hex if it is not plain text.
+fn key_words(key: &[u8], keys: KeyEncoding) -> String {
+    let is_plain = |text: &&str| !text.starts_with('-') && !text.contains(char::is_control);
+    match std::str::from_utf8(key).ok().filter(is_plain) {
+        Some(text) if keys == KeyEncoding::Utf8 => shell_word(text),
+        Some(_) | None => format!("{} --key-encoding hex", KeyEncoding::Hex.show(key)),
+    }
+}
+
+/// One word for a shell, in quotes where it needs them.
+fn shell_word(text: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+,".contains(c);
+    match !text.is_empty() && text.chars().all(is_plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', "'\\''")),
+    }
 }
 
 #[derive(Serialize)]

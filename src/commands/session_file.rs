@@ -3,7 +3,7 @@
 use crate::exit::Failure;
 use crate::output::{base64, unbase64};
 use std::path::{Path, PathBuf};
-use tombolo_client::{Keyspace, Session};
+use tombolo_client::{Conflicts, Keyspace, Session};
 
 /// Whose session a command belongs to.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -48,6 +48,13 @@ impl KeptSession {
         match &self.session {
             Some(session) => keys.with_session(session),
             None => keys,
+        }
+    }
+
+    pub(crate) fn enter_conflicts(&self, conflicts: Conflicts) -> Conflicts {
+        match &self.session {
+            Some(session) => conflicts.with_session(session),
+            None => conflicts,
         }
     }
 

@@ -901,6 +901,27 @@ async fn conflicts_are_listed_shown_and_counted() {
     }
     "#);
     assert_eq!(show().word("-o").word("raw").at(&region).await.out, b"3 lemons");
+    assert_snapshot!(line("ctl conflict list -n profiles").on_tty().at(&region).await.text(), @"
+    ID                                KEY  FIELD              LOST         WRITTEN                   WON  WRITTEN                   CAUSE
+    00000000000000000000000000000001  ada  address/home town  value of eu  2023-11-14T22:13:21.000Z  us   2023-11-14T22:13:21.000Z  rule
+    ");
+    let listed = line("ctl conflict list -n profiles").at(&region).await.text();
+    assert!(listed.contains(r#""key":"ada","fieldPath":["address","home town"],"#), "{listed}");
+    assert_snapshot!(show().word("-n").word("profiles").on_tty().at(&region).await.text(), @"
+    key      ada
+    field    address/home town
+    rule     map
+    cause    rule
+    noted    2023-11-14T22:13:21.000Z
+
+          VALUE     REGION  TIME                      DOT
+    lost  3 lemons  eu      2023-11-14T22:13:21.000Z  2.1:1
+    won   2 lemons  us      2023-11-14T22:13:21.000Z  1.1:1
+    now: nothing, the field is absent
+
+    to put the lost value back, over whatever the field holds then:
+      tombolo ctl conflict show 00000000000000000000000000000001 -n profiles -o raw | tombolo mutate ada 'address/home town:assign=-' -n profiles
+    ");
     let deleted = line("ctl conflict show").word(format!("{:032x}", 2)).on_tty().at(&region).await;
     assert!(deleted.text().contains("lost  (deletion)"));
     assert_snapshot!(line("ctl conflict stats").on_tty().at(&region).await.text(), @"
@@ -938,6 +959,14 @@ async fn conflicts_are_settled_with_what_was_shown_and_with_nothing_else() {
         assert_eq!(line(&resolve).at(&region).await.exit, Exit::Ok);
     }
     assert_eq!(region.calls("resolve").len(), 3);
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("session");
+    let settle = |words: &str| line(&format!("ctl conflict {words} --session-file")).word(&file);
+    settle("resolve cart-7 --context-token c2hvd24= --delete").at(&region).await;
+    settle("restore --latest").word(&first).at(&region).await;
+    line("get k --session-file").word(&file).at(&region).await;
+    let seen = fake::joined(&[&fake::token(b"cart-7", 9), &fake::token(b"cart-1", 9)]);
+    assert_eq!(region.calls("get")[0].token, seen);
     let held = line("ctl namespace create held --rule siblings --hold 7d").at(&region).await.text();
     assert!(held.contains(r#""hold":"604800s""#), "{held}");
     let lww = line("ctl namespace create lww --hold 7d").at(&region).await;

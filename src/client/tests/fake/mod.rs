@@ -719,6 +719,16 @@ fn conflict(number: u64, with_values: bool) -> v1::Conflict {
     }
 }
 
+/// The only conflict of namespace `profiles`, whose rule is `map`: a field of `ada`.
+fn conflict_of_field(with_values: bool) -> v1::Conflict {
+    v1::Conflict {
+        namespace: "profiles".into(),
+        key: "ada".into(),
+        field_path: vec!["address".into(), "home town".into()],
+        ..conflict(1, with_values)
+    }
+}
+
 /// The context that the fake shows with each conflict.
 const SHOWN: &[u8] = b"shown";
 /// How many conflicts it has.
@@ -739,6 +749,13 @@ impl ConflictService for Node {
         request: Request<v1::ListConflictsRequest>,
     ) -> Result<Response<v1::ListConflictsResponse>, Status> {
         let request = request.into_inner();
+        if request.namespace == "profiles" {
+            let conflicts = vec![conflict_of_field(false)];
+            return Ok(Response::new(v1::ListConflictsResponse {
+                conflicts,
+                ..Default::default()
+            }));
+        }
         let first = CONFLICTS.min(request.page_token.parse().unwrap_or(CONFLICTS));
         let size = u64::try_from(request.page_size).expect("positive").min(2);
         let is_asked =
@@ -757,7 +774,14 @@ impl ConflictService for Node {
         &self,
         request: Request<v1::GetConflictRequest>,
     ) -> Result<Response<v1::GetConflictResponse>, Status> {
-        let id = request.into_inner().id;
+        let v1::GetConflictRequest { namespace, id } = request.into_inner();
+        if namespace == "profiles" {
+            return Ok(Response::new(v1::GetConflictResponse {
+                conflict: Some(conflict_of_field(true)),
+                rule: v1::Rule::Map.into(),
+                ..Default::default()
+            }));
+        }
         let number = u64::from_str_radix(&id, 16).unwrap_or(0);
         if !(1..=CONFLICTS).contains(&number) {
             return Err(refusal(Code::NotFound, "CONFLICT_NOT_FOUND", &[]));
