@@ -12,6 +12,9 @@ use std::io::Write;
 ///
 /// --timeout bounds the wait. Who is missing then is in the error.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Example:
+  tombolo await-replication --session-file s --regions 2 --timeout 30s")]
 pub struct AwaitReplication {
     /// How many other regions must have all of it; 0 only shows who has
     #[arg(long, value_name = "N", default_value_t = 1)]

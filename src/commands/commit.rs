@@ -20,6 +20,12 @@ use tombolo_client::{Committed, Dot, Operations, WriteResult};
 /// Keys share a shard when they share a hash tag, as in {cart-7}:items and {cart-7}:total. Pairs are
 /// split at the first =, and values are taken as they are.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  tombolo commit --check-absent '{cart-7}:lock' --put '{cart-7}:lock=me' --ttl 30s
+  tombolo commit --put '{cart-7}:items=3 lemons' --context-token \"{cart-7}:items=$context\"
+  tombolo commit --mutate '{bank}:ada=add=-5' --mutate '{bank}:bob=add=5' -n accounts
+  tombolo commit - < commit.json")]
 pub struct Commit {
     /// - reads checks and writes as JSON from standard input
     #[arg(value_name = "-", value_parser = ["-"])]

@@ -24,6 +24,10 @@ use tombolo_client::{ConflictFilter, ConflictList, Dot, HybridTime, Resolution, 
 #[derive(Clone, Debug, Subcommand)]
 pub enum ConflictCommand {
     /// Lists values that were dropped, the newest first; with --open, keys that hold several values
+    #[command(after_long_help = "\
+Examples:
+  tombolo ctl conflict list --since 1h --key-prefix cart
+  tombolo ctl conflict list --open -n carts")]
     List {
         /// Only keys that begin with this
         #[arg(long, value_name = "PREFIX")]
@@ -44,6 +48,10 @@ pub enum ConflictCommand {
         connection: Connection,
     },
     /// Shows a dropped value, what it lost to, and what the key holds now
+    #[command(after_long_help = "\
+Examples:
+  tombolo ctl conflict show 792a11d4fd76ae70f5b28eeb0b13d4a1
+  tombolo ctl conflict show 792a11d4fd76ae70f5b28eeb0b13d4a1 -o raw")]
     Show {
         #[arg(value_name = "ID")]
         id: String,
@@ -51,6 +59,9 @@ pub enum ConflictCommand {
         connection: Connection,
     },
     /// Writes a dropped value back over what `show` showed; refused if the key was written since
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl conflict restore 792a11d4fd76ae70f5b28eeb0b13d4a1 --context-token \"$context\"")]
     Restore {
         #[arg(value_name = "ID")]
         id: String,
@@ -66,6 +77,10 @@ pub enum ConflictCommand {
         connection: Connection,
     },
     /// Settles a key that holds several values; refused if the key was written since they were shown
+    #[command(after_long_help = "\
+Examples:
+  tombolo ctl conflict resolve basket -n carts --context-token \"$context\" --choose 1.1:1
+  tombolo ctl conflict resolve basket -n carts --context-token \"$context\" --value 'plums, pears'")]
     Resolve {
         #[arg(value_name = "KEY")]
         key: String,
@@ -80,6 +95,9 @@ pub enum ConflictCommand {
         connection: Connection,
     },
     /// Counts what was dropped, by the regions that won and lost
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl conflict stats --all")]
     Stats {
         /// Of all namespaces
         #[arg(long)]

@@ -29,6 +29,9 @@ pub enum CtlCommand {
     Repair(Repair),
     AtRisk(AtRisk),
     /// Deletions that are kept until every region has them, and which region they wait for
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl tombstones carts")]
     Tombstones {
         /// Only of this namespace
         #[arg(value_name = "NAMESPACE")]
@@ -37,6 +40,10 @@ pub enum CtlCommand {
         connection: Connection,
     },
     /// Nodes, shards, regions and links at a glance
+    #[command(after_long_help = "\
+Examples:
+  tombolo ctl status -e 10.0.0.1:7101
+  tombolo ctl status --fail -o json")]
     Status {
         /// End with code 8 if anything is not healthy
         #[arg(long)]
@@ -64,6 +71,9 @@ pub enum CtlCommand {
 #[derive(Clone, Debug, Subcommand)]
 pub enum LinkCommand {
     /// Lists the links, one row a peer, namespace and shard
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl link list --peer eu")]
     List {
         /// Only links with this region
         #[arg(long, value_name = "REGION")]
@@ -73,6 +83,9 @@ pub enum LinkCommand {
     },
     /// Stops pulling from a region until it is resumed, also over restarts; with a third region, what
     /// it writes may still come through that one
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl link pause eu")]
     Pause {
         #[arg(value_name = "REGION")]
         peer: String,
@@ -80,6 +93,9 @@ pub enum LinkCommand {
         connection: Connection,
     },
     /// Pulls from a region again
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl link resume eu")]
     Resume {
         #[arg(value_name = "REGION")]
         peer: String,
@@ -87,6 +103,9 @@ pub enum LinkCommand {
         connection: Connection,
     },
     /// Bounds what each node takes from a region
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl link limit eu 10485760")]
     Limit {
         #[arg(value_name = "REGION")]
         peer: String,
@@ -101,6 +120,10 @@ pub enum LinkCommand {
 #[derive(Clone, Debug, Subcommand)]
 pub enum NamespaceCommand {
     /// Creates a namespace in every region
+    #[command(after_long_help = "\
+Examples:
+  tombolo ctl namespace create likes --rule counter
+  tombolo ctl namespace create orders --rule siblings --hold 7d")]
     Create {
         name: String,
         /// How concurrent values of a key become one; fixed for ever
@@ -113,17 +136,26 @@ pub enum NamespaceCommand {
         connection: Connection,
     },
     /// Lists the namespaces
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl namespace list")]
     List {
         #[command(flatten)]
         connection: Connection,
     },
     /// Shows a namespace
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl namespace get carts")]
     Get {
         name: String,
         #[command(flatten)]
         connection: Connection,
     },
     /// Deletes a namespace with all its keys, in every region
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl namespace delete carts")]
     Delete {
         name: String,
         /// Only if this is still its etag

@@ -21,6 +21,12 @@ const TABLE_ROWS: usize = 1000;
 
 /// Stores a value
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  tombolo put greeting hello
+  tombolo put photo @cat.jpg --ttl 30d
+  date | tombolo put now - --ack-regions 1
+  tombolo put cart '3 lemons' --context-token \"$context\"")]
 pub struct Put {
     pub key: String,
     /// The value; - reads standard input, @FILE a file
@@ -39,6 +45,10 @@ pub struct Put {
 
 /// Deletes a key
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  tombolo delete greeting
+  tombolo delete cart --context-token \"$context\"")]
 pub struct Delete {
     pub key: String,
     /// Delete exactly what the read with this context showed (base64, from get -o json)
@@ -55,6 +65,12 @@ pub struct Delete {
 /// Several keys are rows of one table, or listed as scan lists them. Ends with code 3 if any of them is
 /// absent; the others are shown all the same.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  tombolo get greeting
+  tombolo get ada bob -o json
+  tombolo get greeting --consistency stale:5s
+  tombolo get ada --field address/city -n profiles")]
 pub struct Get {
     /// One key, or several
     #[arg(required = true, value_name = "KEY")]
@@ -86,6 +102,11 @@ pub struct Get {
 
 /// Lists keys in byte order
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  tombolo scan cart: --limit 20
+  tombolo scan --from 2026-01 --to 2026-02 --reverse
+  tombolo scan -o raw | wc -l")]
 pub struct Scan {
     /// Only keys that begin with this
     pub prefix: Option<String>,

@@ -27,6 +27,11 @@ const TAIL_BYTES: u64 = 64 << 10;
 /// A key with concurrent values is written with the newest of them; how many there were is said
 /// at the end.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  tombolo dump users.jsonl
+  tombolo dump users.jsonl --resume
+  tombolo dump --prefix user: --format tsv | gzip > users.tsv.gz")]
 pub struct Dump {
     /// Where to write; - is standard output
     #[arg(default_value = "-")]

@@ -40,6 +40,11 @@ const RESUME_SUFFIX: &str = ".tombolo-load";
 
 /// Puts the records of a file, one a line
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  tombolo load users.jsonl --concurrency 128
+  tombolo load users.jsonl --resume
+  zcat users.tsv.gz | tombolo load - --format tsv")]
 pub struct Load {
     /// What to load; - is standard input
     pub file: PathBuf,

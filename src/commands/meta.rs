@@ -9,6 +9,9 @@ use std::io::Write;
 
 /// Prints completions for a shell, to be sourced or put where it looks for them
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Example:
+  tombolo completions bash > ~/.local/share/bash-completion/completions/tombolo")]
 pub struct Completions {
     #[arg(value_enum)]
     pub shell: Shell,
@@ -16,6 +19,9 @@ pub struct Completions {
 
 /// Prints the version
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Example:
+  tombolo version -o json")]
 pub struct Version {
     #[arg(short, long, value_enum, value_name = "FORMAT")]
     pub output: Option<Format>,

@@ -17,6 +17,11 @@ use tombolo_client::{Mutated, Operations};
 /// add=5, insert=apple, remove=pear, assign=Ada, enable, disable, max=9, min=1, delete, as in
 /// `mutate profile address/city:assign=Oslo visits:add=1`. A VALUE may be - or @FILE.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  tombolo mutate post-7 add=1 -n likes
+  tombolo mutate cart insert=lemons remove=limes -n carts
+  tombolo mutate ada address/city:assign=Oslo visits:add=1 -n profiles")]
 pub struct Mutate {
     pub key: String,
     /// `[PATH:]NAME[=VALUE]`

@@ -21,6 +21,9 @@ const PATIENCE: Duration = Duration::from_secs(3600);
 #[derive(Clone, Debug, Subcommand)]
 pub enum RegionCommand {
     /// Lists the regions
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl region list")]
     List {
         #[command(flatten)]
         connection: Connection,
@@ -29,6 +32,10 @@ pub enum RegionCommand {
     ///
     /// It takes over the data of the others, then takes writes. What a fenced region had written
     /// alone it does not take along: `ctl region review`, asked there, lists it.
+    #[command(after_long_help = "\
+Examples:
+  tombolo ctl region add ap --number 3 --link 10.2.0.1:7103,10.2.0.2:7103 --wait
+  tombolo ctl region add eu --wait")]
     Add {
         #[arg(value_name = "REGION")]
         name: String,
@@ -48,6 +55,9 @@ pub enum RegionCommand {
     ///
     /// For one that is away too long: tombstones wait for it no more. Writes that only it has are
     /// lost to the others until somebody reviews them.
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl region fence eu")]
     Fence {
         #[arg(value_name = "REGION")]
         name: String,
@@ -55,6 +65,9 @@ pub enum RegionCommand {
         connection: Connection,
     },
     /// Lets the others go on without a region for good; look at `ctl at-risk` there first
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl region remove eu")]
     Remove {
         #[arg(value_name = "REGION")]
         name: String,
@@ -64,6 +77,9 @@ pub enum RegionCommand {
     /// Gives a region a new incarnation, because its data is older than what it told others
     ///
     /// After a restore from an old disk image, or when its nodes were set up anew with `join = true`.
+    #[command(after_long_help = "\
+Example:
+  tombolo ctl region recover eu")]
     Recover {
         #[arg(value_name = "REGION")]
         name: String,
@@ -71,6 +87,10 @@ pub enum RegionCommand {
         connection: Connection,
     },
     /// Lists what this region had written alone when it was fenced, and did not take along
+    #[command(after_long_help = "\
+Examples:
+  tombolo ctl region review carts
+  tombolo ctl region review carts --dismiss")]
     Review {
         /// Only of this namespace
         #[arg(value_name = "NAMESPACE")]

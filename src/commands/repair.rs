@@ -25,6 +25,10 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// Regions do this by themselves, when a change log no longer reaches back and now and then. Ends
 /// with 0 when the repair has begun, with --wait when it has ended.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  tombolo ctl repair eu
+  tombolo ctl repair eu carts --wait")]
 pub struct Repair {
     /// The region to repair from
     #[arg(value_name = "REGION")]
@@ -41,6 +45,10 @@ pub struct Repair {
 
 /// Writes that exist only in this region: what would be lost if it were lost now
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  tombolo ctl at-risk
+  tombolo ctl at-risk carts --list 20")]
 pub struct AtRisk {
     /// Only of this namespace
     #[arg(value_name = "NAMESPACE")]

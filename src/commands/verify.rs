@@ -28,6 +28,10 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Ends with 0 when every shard is equal, with 1 when one differs, and with 6 when some shards were
 /// never seen at the same point of their history.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  tombolo ctl verify us eu -n carts
+  tombolo ctl verify 10.0.0.1:7101 10.1.0.1:7101")]
 pub struct Verify {
     /// A context's name, or nodes of the region as host:port,host:port
     pub one: String,

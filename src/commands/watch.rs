@@ -32,6 +32,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 ///
 /// Ends with the token to go on from, on standard error.
 #[derive(Clone, Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  tombolo watch cart: --snapshot
+  tombolo watch --token-file position -o jsonl | ./consume")]
 pub struct Watch {
     /// Only keys that begin with this
     pub prefix: Option<String>,

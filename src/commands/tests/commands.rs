@@ -794,6 +794,45 @@ fn help_is_written_down() {
     Cli::command().debug_assert();
 }
 
+/// The words of an example, from `tombolo` to the end of the command.
+fn words_of(example: &str) -> Vec<String> {
+    let start = example.find("tombolo").expect("a command of this program");
+    let mut words = vec![String::new()];
+    let mut quote = None;
+    for c in example[start..].chars() {
+        match (c, quote) {
+            ('|' | '<' | '>', None) => break,
+            (' ', None) => words.push(String::new()),
+            ('"' | '\'', None) => quote = Some(c),
+            _ if quote == Some(c) => quote = None,
+            _ => words.last_mut().expect("one").push(c),
+        }
+    }
+    words.retain(|word| !word.is_empty());
+    words
+}
+
+fn check_examples(command: &clap::Command, path: &str) {
+    let path = format!("{path} {}", command.get_name());
+    command.get_subcommands().for_each(|command| check_examples(command, &path));
+    if command.has_subcommands() {
+        return;
+    }
+    let help = command.get_after_long_help().expect(&path).to_string();
+    let examples: Vec<&str> = help.lines().filter(|line| line.starts_with("  ")).collect();
+    assert!(!examples.is_empty(), "{path}");
+    for example in examples {
+        assert!(example.contains(path.trim()), "an example of `{path}`: {example}");
+        let parsed = Cli::try_parse_from(words_of(example));
+        assert!(parsed.is_ok(), "{example}: {:?}", parsed.err());
+    }
+}
+
+#[test]
+fn every_command_has_examples_and_understands_them() {
+    check_examples(&Cli::command(), "");
+}
+
 #[tokio::test]
 async fn completions_and_version_need_no_cluster() {
     let bash: Ran = line("completions bash").run().await;
