@@ -25,7 +25,7 @@ use tombolo_core::{
     ledger::{Cause, LedgerEntry, LedgerHead, LedgerId, Noted},
     namespace::Namespace,
     record::Sibling,
-    token::{SessionToken, TokenKey, decode_context, decode_page, encode_context, encode_page},
+    token::{SessionToken, TokenKey, decode_context, decode_page, encode_page},
 };
 use tombolo_proto::v1::{
     self as pb,
@@ -332,7 +332,7 @@ impl ConflictApi {
         session.observe(namespace.id, shard.id(), &context);
         Ok(Settled {
             dot: encode_dot(dot),
-            context: encode_context(cluster, namespace.id, key, &context),
+            context: self.gateway.scope(namespace.id).seal_context(key, &context),
             session_token: session.encode(cluster),
             time,
             revision: reply.revision,

@@ -125,14 +125,19 @@ impl Scope<'_> {
         Ok(Check { key: self.key(check.key)?, condition })
     }
 
-    /// The live versions of a record and its context, as a reader sees them.
+    /// Gives out what was seen of a key.
+    pub(crate) fn seal_context(&self, key: &[u8], seen: &VersionVector) -> Bytes {
+        encode_context(self.cluster, self.namespace, key, seen)
+    }
+
+    /// The live versions of a record and its context, as a reader sees them. Of a key without a record that
+    /// is a context, too: who gives it back has seen nothing, and replaces nothing.
     pub(crate) fn versions(
         &self,
         key: &[u8],
         record: Option<&Record>,
         keys_only: bool,
     ) -> (Vec<pb::Version>, Bytes) {
-        let Some(record) = record else { return (Vec::new(), Bytes::new()) };
         let version = |(sibling, data): (&tombolo_core::record::Sibling, &Bytes)| {
             let expire = match &sibling.content {
                 Content::Value { expire, .. } => *expire,
@@ -148,8 +153,10 @@ impl Scope<'_> {
                 expire_time: expire.map(timestamp),
             }
         };
-        let versions = record.live_at(self.now).map(version).collect();
-        (versions, encode_context(self.cluster, self.namespace, key, record.context()))
+        let live = record.into_iter().flat_map(|record| record.live_at(self.now));
+        let versions = live.map(version).collect();
+        let nothing = VersionVector::new();
+        (versions, self.seal_context(key, record.map_or(&nothing, Record::context)))
     }
 
     /// A key whose values are bytes, as a reader sees it. Values that wait to be settled are in the

@@ -10,7 +10,7 @@ use tombolo_core::{
     command::{Check, Operation, Written},
     key::{BATCH_OPERATIONS_MAX, check_key},
     namespace::Namespace,
-    token::{SessionToken, encode_context},
+    token::SessionToken,
     typed::Mutation,
 };
 use tombolo_proto::v1::{
@@ -254,7 +254,7 @@ impl KvApi {
         let key = key.map_or(&[][..], |key| key);
         let Written { dot, time, context, conflict, sum: _ } = written;
         Ok(pb::PutResponse {
-            context: encode_context(self.gateway.cluster(), namespace.id, key, &context),
+            context: self.gateway.scope(namespace.id).seal_context(key, &context),
             session_token: self.token(session.clone(), namespace, shard.id(), &context),
             conflict,
             dot: Some(encode_dot(dot)),
@@ -338,7 +338,6 @@ impl KvApi {
         let reply = self.write(prepared, call).await?;
         let Prepared { namespace, shard, operations, mutations, checks, session, .. } = prepared;
         let scope = self.gateway.scope(namespace.id);
-        let cluster = self.gateway.cluster();
         let revision = Some(encode_revision(reply.revision));
         let mut seen = VersionVector::new();
         match reply.outcome {
@@ -351,7 +350,7 @@ impl KvApi {
                     seen.join(&written.context);
                     let before = results.get(key);
                     let result = pb::WriteResult {
-                        context: encode_context(cluster, namespace.id, key, &written.context),
+                        context: scope.seal_context(key, &written.context),
                         conflict: written.conflict || before.is_some_and(|it| it.conflict),
                         dot: Some(encode_dot(written.dot)),
                         hybrid_time: written.time.to_bits(),
@@ -379,6 +378,8 @@ impl KvApi {
                     }
                     let (versions, context) =
                         scope.versions(&check.key, failed.actual.as_ref(), false);
+                    // Of a typed value a check shows nothing, which a deletion should not take for all.
+                    let context = if namespace.rule.is_typed() { Bytes::new() } else { context };
                     let check = u32::try_from(failed.check).unwrap_or(u32::MAX);
                     failed_checks.push(pb::FailedCheck { check, versions, context });
                 }
@@ -561,7 +562,7 @@ impl KvService for KvApi {
             let rule = namespace.rule;
             return Ok(Response::new(pb::GetResponse {
                 versions: scope.typed_versions(rule, page.assembly, message.keys_only)?,
-                context: encode_context(scope.cluster, namespace.id, &message.key, &seen),
+                context: scope.seal_context(&message.key, &seen),
                 session_token: self.token(session, &namespace, shard.id(), &seen),
                 revision: Some(encode_revision(revision)),
                 next_element_token: page.next,
@@ -621,7 +622,7 @@ impl KvService for KvApi {
                     let rule = namespace.rule;
                     let partial = !page.next.is_empty();
                     let versions = scope.typed_versions(rule, page.assembly, message.keys_only)?;
-                    let context = encode_context(scope.cluster, namespace.id, &key, &seen);
+                    let context = scope.seal_context(&key, &seen);
                     let result =
                         pb::KeyResult { key, versions, context, partial, settle_time: None };
                     results[place] = within_reply(result, &mut bytes)?;

@@ -17,7 +17,7 @@ use tombolo_core::{
     element::{self, Element},
     key::KEY_BYTES_MAX,
     namespace::Namespace,
-    token::{SessionToken, TokenKey, decode_page, encode_context, encode_page},
+    token::{SessionToken, TokenKey, decode_page, encode_page},
     typed::Assembly,
 };
 use tombolo_proto::v1 as pb;
@@ -216,7 +216,7 @@ impl ScanStream {
             };
             let scope = self.gateway.scope(self.namespace.id);
             let versions = scope.typed_versions(rule, assembly, self.keys_only)?;
-            let context = encode_context(scope.cluster, scope.namespace, &key, &seen);
+            let context = scope.seal_context(&key, &seen);
             let result = pb::KeyResult { key, versions, context, partial, settle_time: None };
             return Ok(Some((result, bytes)));
         }

@@ -11,7 +11,7 @@ use tombolo_core::{
     command::Written,
     element::{self, Element, Kind, Part},
     namespace::Namespace,
-    token::{TokenKey, decode_page, encode_context, encode_page},
+    token::{TokenKey, decode_page, encode_page},
     typed::{Action, Assembly, Mutation, Refusal, Refused, Value, permits},
 };
 use tombolo_proto::v1 as pb;
@@ -346,7 +346,7 @@ pub(crate) fn mutated(
     pb::MutateResponse {
         value: sum.map(|sum| pb::Value { kind: Some(pb::value::Kind::Counter(sum)) }),
         context: last
-            .map(|it| encode_context(scope.cluster, scope.namespace, key, &it.context))
+            .map(|it| scope.seal_context(key, &it.context))
             .unwrap_or_default(),
         session_token: Bytes::new(),
         dot: last.map(|it| encode_dot(it.dot)),

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use futures::TryStreamExt;
 use tombolo_client::{
-    Client, ClientConfig, Consistency, Error,
+    Client, ClientConfig, ConflictFilter, Consistency, Error,
     proto::{self, kv_service_client::KvServiceClient},
 };
 
@@ -71,6 +71,41 @@ async fn commit_is_all_or_nothing_and_answers_what_is_there() {
     assert!(done.committed);
     assert!(keys.get("{cart}a").await.unwrap().value().is_none());
     assert_eq!(keys.get("{cart}b").await.unwrap().value().unwrap().as_ref(), b"2");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_read_an_absent_key_overwrites_nothing_that_came_since() {
+    let cluster = Cluster::start(&[("us", 1)], 1).await;
+    let client = cluster.client("us").await;
+    client.admin().create_namespace("carts", proto::Rule::Siblings).await.unwrap();
+    for (namespace, values, lost) in
+        [("carts", vec!["of a", "of b"], 0), ("default", vec!["of a"], 1)]
+    {
+        let keys = client.namespace(namespace);
+        let (of_a, of_b) = tokio::join!(keys.get("k").into_future(), keys.get("k").into_future());
+        let (of_a, of_b) = (of_a.unwrap().context, of_b.unwrap().context);
+        let batch = keys.batch_get(["k"]).await.unwrap();
+        assert_eq!((&of_a, &batch[0].context), (&of_b, &of_b));
+
+        keys.put("k", "of b").context(of_b).await.unwrap();
+        let written = keys.put("k", "of a").context(&of_a).await.unwrap();
+        assert!(written.conflict, "it has not seen what b put");
+        let got = keys.get("k").await.unwrap();
+        let mut held: Vec<_> = got.versions.iter().map(|held| held.value.to_vec()).collect();
+        held.sort_unstable();
+        assert_eq!(held, values.iter().map(|value| value.as_bytes()).collect::<Vec<_>>());
+        let filter = ConflictFilter::default();
+        let noted = client.conflicts(namespace).list(&filter, 9).await.unwrap().rows;
+        assert_eq!(noted.len(), lost, "{namespace}");
+
+        // A check sees it, too.
+        let late = keys.commit().check_context("k", of_a).put("k", "late").await.unwrap();
+        assert!(!late.committed);
+        let again = keys.put("k", "all").context(got.context).await.unwrap();
+        assert!(!again.conflict);
+        assert_eq!(keys.get("k").await.unwrap().versions.len(), 1);
+    }
     cluster.stop().await;
 }
 
