@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures::{Stream, future::try_join_all};
 use tokio::{sync::Semaphore, time::Instant};
 use tombolo_core::{
-    Content, Dot, RequestId, Rule, ShardId, VersionVector,
+    Content, Dot, RegionId, RequestId, Rule, ShardId, VersionVector,
     command::{Check, Operation, Written},
     key::{BATCH_OPERATIONS_MAX, check_key},
     namespace::Namespace,
@@ -29,7 +29,7 @@ use crate::{
     reason::Reason,
     replicated::{Awaited, encode_coverage, pending},
     scan::{SCANS_MAX, ScanStream, version_bytes},
-    status::of_key_error,
+    status::{of_key_error, with_token},
     typed::{Asked, MUTATIONS_MAX, Page, ReadError, mutated, of_refused, read},
 };
 
@@ -139,57 +139,72 @@ impl KvApi {
             operations: prepared.operations.clone(),
             mutations: prepared.mutations.clone(),
         };
-        let reply = shard.write(request, call.deadline).await.map_err(to_status)?;
-        if let WriteOutcome::Refused(refused) = reply.outcome {
-            return Err(of_refused(namespace.rule, &prepared.mutations, refused));
-        }
-        if let WriteOutcome::Written(results) = &reply.outcome
-            && let Some(last) = results.last()
-        {
-            self.wait_for_regions(prepared, last.dot, call).await?;
+        let mut reply = shard.write(request, call.deadline).await.map_err(to_status)?;
+        match &mut reply.outcome {
+            WriteOutcome::Written(results) => {
+                self.wait_for_regions(prepared, results, call).await?;
+                let count = prepared.operations.len() + prepared.mutations.len();
+                *results = one_for_each(std::mem::take(results), count);
+            }
+            WriteOutcome::ChecksFailed(_) => {}
+            WriteOutcome::Refused(refused) => {
+                return Err(of_refused(namespace.rule, &prepared.mutations, *refused));
+            }
         }
         Ok(reply)
     }
 
+    /// Waits until other regions have what a write did. What it found done already counts as well: a maximum
+    /// that did not change may not be anywhere else either.
     async fn wait_for_regions(
         &self,
         prepared: &Prepared,
-        dot: Dot,
+        results: &[Written],
         call: Call,
     ) -> Result<(), Status> {
         let count = prepared.ack_regions as usize;
+        let Some(dot) = named_dot(results, self.gateway.topology().region) else { return Ok(()) };
         if count == 0 {
             return Ok(());
         }
         let awaited = Awaited {
             namespace: Arc::clone(&prepared.namespace),
             shard: prepared.shard.clone(),
-            needed: [(dot.actor, dot.seq)].into_iter().collect(),
+            needed: results.iter().map(|it| (it.dot.actor, it.dot.seq)).collect(),
         };
         // The write stands. Whoever forwarded it must not hear "not the leader", and send it again.
         let call = Call { no_forward: false, ..call };
         let metadata = [("dot", dot.to_string())];
-        match self.gateway.await_shard(&awaited, count, call).await {
-            Ok(coverage) if count <= coverage.has.len() => Ok(()),
+        let status = match self.gateway.await_shard(&awaited, count, call).await {
+            Ok(coverage) if count <= coverage.has.len() => return Ok(()),
             Ok(coverage) => {
                 let (topology, reason) = (self.gateway.topology(), Reason::AckRegionsPending);
-                Err(pending(topology, reason, &coverage, count, &metadata))
+                pending(topology, reason, &coverage, count, &metadata)
             }
             // This node stops. A repeat of the request waits at another one.
             Err(status)
                 if prepared.request.is_some()
                     && Reason::of(&status) == Some(Reason::ReplicaFailed) =>
             {
-                Err(status)
+                return Err(status);
             }
             Err(status) => {
                 let text = format!(
                     "the write stands in this region; who else has it is not known: {}",
                     status.message()
                 );
-                Err(Reason::AckRegionsPending.status(text, &metadata))
+                Reason::AckRegionsPending.status(text, &metadata)
             }
-        }
+        };
+        Err(with_token(&status, "session_token", &self.token_after(prepared, results)))
+    }
+
+    /// The session's token after a write.
+    fn token_after(&self, prepared: &Prepared, results: &[Written]) -> Bytes {
+        let Prepared { namespace, shard, session, .. } = prepared;
+        let mut seen = VersionVector::new();
+        results.iter().for_each(|written| seen.join(&written.context));
+        self.token(session.clone(), namespace, shard.id(), &seen)
     }
 
     fn check_regions(&self, asked_as: &str, count: u32) -> Result<(), Status> {
@@ -244,18 +259,19 @@ impl KvApi {
         let WriteOutcome::Written(results) = reply.outcome else {
             return Err(Reason::Internal.status("a write without checks failed a check", &[]));
         };
+        let session_token = self.token_after(prepared, &results);
         let Some(written) = results.into_iter().next() else {
             return Err(Reason::RequestIdInvalid
                 .status("the request id was used for a commit without writes", &[]));
         };
-        let Prepared { namespace, shard, operations, mutations, session, .. } = prepared;
+        let Prepared { namespace, operations, mutations, .. } = prepared;
         let cleared = mutations.first().map(|mutation| &mutation.key);
         let key = operations.first().map(|operation| &operation.key).or(cleared);
         let key = key.map_or(&[][..], |key| key);
         let Written { dot, time, context, conflict, sum: _ } = written;
         Ok(pb::PutResponse {
             context: self.gateway.scope(namespace.id).seal_context(key, &context),
-            session_token: self.token(session.clone(), namespace, shard.id(), &context),
+            session_token,
             conflict,
             dot: Some(encode_dot(dot)),
             write_time: Some(timestamp(time)),
@@ -339,15 +355,14 @@ impl KvApi {
         let Prepared { namespace, shard, operations, mutations, checks, session, .. } = prepared;
         let scope = self.gateway.scope(namespace.id);
         let revision = Some(encode_revision(reply.revision));
-        let mut seen = VersionVector::new();
         match reply.outcome {
             WriteOutcome::Written(results_of) => {
+                let session_token = self.token_after(prepared, &results_of);
                 let operated = operations.iter().map(|operation| &operation.key);
                 let keys = operated.chain(mutations.iter().map(|mutation| &mutation.key));
                 // One answer a write; of several mutations of a key, the last one's.
                 let mut results: BTreeMap<Bytes, pb::WriteResult> = BTreeMap::new();
                 for (written, key) in results_of.into_iter().zip(keys) {
-                    seen.join(&written.context);
                     let before = results.get(key);
                     let result = pb::WriteResult {
                         context: scope.seal_context(key, &written.context),
@@ -360,7 +375,6 @@ impl KvApi {
                 }
                 let of_write = |write: &pb::Write| results.remove(&write.key).unwrap_or_default();
                 let results = writes.iter().map(of_write).collect();
-                let session_token = self.token(session.clone(), namespace, shard.id(), &seen);
                 Ok(pb::CommitResponse {
                     committed: true,
                     failed_checks: Vec::new(),
@@ -370,6 +384,7 @@ impl KvApi {
                 })
             }
             WriteOutcome::ChecksFailed(failed) => {
+                let mut seen = VersionVector::new();
                 let mut failed_checks = Vec::with_capacity(failed.len());
                 for failed in failed {
                     let Some(check) = checks.get(failed.check) else { continue };
@@ -407,18 +422,13 @@ impl KvApi {
         let WriteOutcome::Written(results) = reply.outcome else {
             return Err(Reason::Internal.status("a write without checks failed a check", &[]));
         };
-        let Prepared { namespace, shard, mutations, session, .. } = prepared;
-        let Some(last) = results.last().cloned() else {
+        if results.is_empty() {
             let text = "the request id was used for another kind of request";
             return Err(Reason::RequestIdInvalid.status(text, &[]));
-        };
-        // Of a request that another region took this one knows its writes, and not which mutation each is of.
-        let is_whole = results.len() == mutations.len();
-        let results = if is_whole { results } else { vec![last; mutations.len()] };
-        let scope = self.gateway.scope(namespace.id);
-        let seen = results.last().map(|last| last.context.clone()).unwrap_or_default();
+        }
+        let scope = self.gateway.scope(prepared.namespace.id);
         Ok(pb::MutateResponse {
-            session_token: self.token(session.clone(), namespace, shard.id(), &seen),
+            session_token: self.token_after(prepared, &results),
             revision: Some(encode_revision(reply.revision)),
             ..mutated(&scope, &message.key, &message.operations, &results)
         })
@@ -450,6 +460,22 @@ impl KvApi {
 struct TypedRead {
     page: Page,
     seen: VersionVector,
+}
+
+/// The write that a request is known by: the last that this region made for it. If it made none, the latest
+/// of those that were there.
+fn named_dot(results: &[Written], region: RegionId) -> Option<Dot> {
+    let dots = || results.iter().map(|written| written.dot);
+    dots().filter(|dot| dot.actor.region == region).max().or_else(|| dots().max())
+}
+
+/// The results of `count` writes. Of a request that another region took this one knows what was written, and
+/// not always by which operation: some write nothing, some more than once. Then the last stands for all.
+fn one_for_each(results: Vec<Written>, count: usize) -> Vec<Written> {
+    match results.last() {
+        Some(last) if results.len() != count => vec![last.clone(); count],
+        Some(_) | None => results,
+    }
 }
 
 fn batch_too_large(what: &str, count: usize) -> Status {

@@ -248,7 +248,7 @@ reasons! {
         "Repeat with the same `request_id` and a longer deadline."
     AckRegionsPending "ACK_REGIONS_PENDING" DeadlineExceeded Never 0
         "The write stands in this region, but `ack_regions` others did not confirm it in time."
-        "Do not repeat: it will be replicated. Metadata: `dot` is the write, `missing` who lacks it."
+        "Do not repeat: it will be replicated. Metadata: `dot` is the last write, `missing` who lacks some of it, `session_token` (base64, unless it is longer than 4 KiB) the session's token with it."
     ReplicationPending "REPLICATION_PENDING" DeadlineExceeded Never 0
         "By the deadline, fewer other regions than asked for had all that the session has seen."
         "Wait again; metadata `missing` names who lacks some of it, `behind` how many events each."

@@ -1,5 +1,7 @@
 //! The one place where a shard's refusal becomes a gRPC status.
 
+use base64::{Engine, engine::general_purpose::STANDARD};
+use bytes::Bytes;
 use tombolo_cluster::Topology;
 use tombolo_core::{
     DecodeError, MemberState, ShardId,
@@ -7,8 +9,12 @@ use tombolo_core::{
 };
 use tombolo_shard::ShardError;
 use tonic::Status;
+use tonic_types::StatusExt;
 
 use crate::reason::Reason;
+
+/// Longest token that a status carries, in bytes: headers are bounded.
+const TOKEN_BYTES_MAX: usize = 4 << 10;
 
 /// The status of a shard's refusal.
 pub(crate) fn of_shard_error(topology: &Topology, error: ShardError) -> Status {
@@ -93,4 +99,41 @@ pub(crate) fn of_token_error(reason: Reason, error: &DecodeError) -> Status {
 /// The status of something that this version does not serve.
 pub(crate) fn not_implemented(what: &str) -> Status {
     Reason::NotImplemented.status(format!("{what} is not served by this version"), &[])
+}
+
+/// A status with a token in its metadata, if there is one and it is short enough.
+pub(crate) fn with_token(status: &Status, name: &str, token: &Bytes) -> Status {
+    let mut details = status.get_error_details();
+    let fits = (1..=TOKEN_BYTES_MAX).contains(&token.len());
+    let Some(info) = details.error_info().filter(|_| fits) else { return status.clone() };
+    let (reason, domain) = (info.reason.clone(), info.domain.clone());
+    let mut metadata = info.metadata.clone();
+    metadata.insert(name.to_owned(), STANDARD.encode(token));
+    details.set_error_info(reason, domain, metadata);
+    Status::with_error_details(status.code(), status.message(), details)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_status_carries_the_token_beside_what_it_had_unless_it_is_too_long() {
+        let status = Reason::NoLeader.status("shard 3", &[("shard", "3".into())]);
+        let info = |status: &Status| status.get_details_error_info().unwrap();
+
+        let short = with_token(&status, "resume_token", &Bytes::from_static(b"token"));
+        assert_eq!(Reason::of(&short), Some(Reason::NoLeader));
+        assert_eq!(info(&short).metadata["shard"], "3");
+        assert_eq!(info(&short).metadata["resume_token"], "dG9rZW4=");
+        assert!(short.get_details_retry_info().is_some());
+
+        for token in [Bytes::new(), vec![0; TOKEN_BYTES_MAX + 1].into()] {
+            let without = with_token(&status, "resume_token", &token);
+            assert!(!info(&without).metadata.contains_key("resume_token"));
+        }
+        let cancelled = Status::cancelled("gone");
+        let foreign = with_token(&cancelled, "resume_token", &Bytes::from_static(b"token"));
+        assert!(foreign.get_details_error_info().is_none());
+    }
 }

@@ -40,7 +40,7 @@ use tombolo_proto::v1::{
 use tombolo_shard::{FeedBatch, FeedRequest, Shard, ShardError, WatchHub, blocking};
 use tonic::{Request, Response, Status};
 
-use crate::{gateway::Gateway, metrics::Metrics, reason::Reason};
+use crate::{gateway::Gateway, metrics::Metrics, reason::Reason, status::with_token};
 
 /// Responses that wait for a slow caller.
 const RESPONSES_MAX: usize = 1;
@@ -231,7 +231,7 @@ impl Watcher {
             tracing::debug!(%namespace, reason = reason.map(Reason::as_str), "a watcher was cut");
         }
         // Nobody listens if it went away.
-        let _ = ended.send(encode::with_token(&status, &self.reached));
+        let _ = ended.send(with_token(&status, "resume_token", &self.reached));
     }
 
     /// Sends until something ends it.

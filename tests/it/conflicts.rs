@@ -6,31 +6,9 @@ use std::time::{Duration, SystemTime};
 use futures::StreamExt;
 use tombolo_client::{Client, ConflictFilter, Dot, Resolution, WatchEvent, proto};
 
-use crate::support::{Cluster, PATIENCE, metric, wait_until};
+use crate::support::{Cluster, PATIENCE, Pair, apart, metric, wait_until};
 
 const REGIONS: [(&str, usize); 2] = [("us", 1), ("eu", 1)];
-
-/// Two clients, and whose they are.
-type Pair<'a> = [(&'a str, &'a Client); 2];
-
-/// Does something while the regions do not hear of each other.
-async fn apart(pair: Pair<'_>, work: impl AsyncFnOnce()) {
-    let [(here, left), (there, right)] = pair;
-    left.admin().pause_link(there).await.expect("paused");
-    right.admin().pause_link(here).await.expect("paused");
-    wait_until("both links are paused", async || {
-        let mut paused = true;
-        for (_, client) in pair {
-            let links = client.admin().list_links(None).await.expect("listed").links;
-            paused &= links.iter().all(|link| link.phase() == proto::LinkPhase::Paused);
-        }
-        paused
-    })
-    .await;
-    work().await;
-    left.admin().resume_link(there).await.expect("resumed");
-    right.admin().resume_link(here).await.expect("resumed");
-}
 
 /// Both regions write these keys of a namespace, us first, without having heard of each other.
 async fn write_apart(pair: Pair<'_>, namespace: &str, keys: &[&str]) {

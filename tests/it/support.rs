@@ -17,7 +17,7 @@ use tombolo::{
     config::{Config, FlagValue},
     node::Node,
 };
-use tombolo_client::{Client, ClientConfig};
+use tombolo_client::{Client, ClientConfig, proto};
 
 /// How long anything may take. Far more than it does: a loaded machine must not fail a test.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -232,6 +232,28 @@ pub(crate) async fn metric(member: &Member, name: &str) -> f64 {
     let text = http_get(&member.config.listen.http, "/metrics").await;
     let lines = text.lines().filter(|line| line.starts_with(name));
     lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+}
+
+/// Two clients, and whose they are.
+pub(crate) type Pair<'a> = [(&'a str, &'a Client); 2];
+
+/// Does something while the regions do not hear of each other.
+pub(crate) async fn apart(pair: Pair<'_>, work: impl AsyncFnOnce()) {
+    let [(here, left), (there, right)] = pair;
+    left.admin().pause_link(there).await.expect("paused");
+    right.admin().pause_link(here).await.expect("paused");
+    wait_until("both links are paused", async || {
+        let mut paused = true;
+        for (_, client) in pair {
+            let links = client.admin().list_links(None).await.expect("listed").links;
+            paused &= links.iter().all(|link| link.phase() == proto::LinkPhase::Paused);
+        }
+        paused
+    })
+    .await;
+    work().await;
+    left.admin().resume_link(there).await.expect("resumed");
+    right.admin().resume_link(here).await.expect("resumed");
 }
 
 /// Everything that a region holds of a namespace, in order of the keys; nothing while it refuses.

@@ -1,10 +1,11 @@
 //! Counters, sets, maps, flags and extremes on real nodes.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
-use tombolo_client::{Client, Code, Operations, Value, proto};
+use base64::{Engine, engine::general_purpose::STANDARD};
+use tombolo_client::{Client, Code, Operations, Session, Value, proto};
 
-use crate::support::{Cluster, wait_until};
+use crate::support::{Cluster, apart, wait_until};
 
 async fn create(client: &Client, name: &str, rule: proto::Rule) {
     client.admin().create_namespace(name, rule).await.expect("created");
@@ -213,5 +214,67 @@ async fn flags_and_extremes_are_what_their_rules_say() {
     }
     let batch = us.namespace("highs").batch_get(["k", "none"]).await.expect("read");
     assert_eq!((batch[0].versions.len(), batch[1].versions.len()), (1, 0));
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_request_did_is_waited_for_whichever_of_its_operations_came_last() {
+    let cluster = Cluster::start(&[("us", 1), ("eu", 1)], 1).await;
+    let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
+    create(&us, "highs", proto::Rule::Max).await;
+    wait_known(&eu, "highs").await;
+    let (highs, there) = (us.namespace("highs"), eu.namespace("highs"));
+    let raise = |value: &'static str| Operations::new().maximum(value);
+    highs.mutate("old", raise("m")).ack_regions(1).await.expect("written");
+    apart([("us", &us), ("eu", &eu)], async || {
+        // The second changes nothing, and eu has the value that stands.
+        let commit = highs.commit().mutate("new", raise("m")).mutate("old", raise("a"));
+        let late = commit.ack_regions(1).deadline(Duration::from_secs(2)).await;
+        let late = late.expect_err("eu does not have the first");
+        assert_eq!(late.reason(), Some("ACK_REGIONS_PENDING"), "{late:?}");
+        let written = highs.get("new").await.expect("read").versions[0].dot;
+        let metadata = &late.detail().expect("from the server").metadata;
+        assert_eq!(metadata["dot"], written.to_string());
+
+        let token = STANDARD.decode(&metadata["session_token"]).expect("base64");
+        let got = there.get("new").session(&Session::from_token(token));
+        let got = got.deadline(Duration::from_secs(1)).await.expect_err("it is not there");
+        assert_eq!(got.reason(), Some("SESSION_NOT_CAUGHT_UP"));
+    })
+    .await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repeat_in_another_region_names_writes_of_the_request_and_no_sum() {
+    let cluster = Cluster::start(&[("us", 1), ("eu", 1)], 1).await;
+    let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
+    create(&us, "highs", proto::Rule::Max).await;
+    create(&us, "hits", proto::Rule::Counter).await;
+    wait_known(&eu, "hits").await;
+    us.namespace("highs").mutate("old", Operations::new().maximum("m")).await.expect("written");
+    let id = us.next_request_id();
+    let commit = |client: &Client| {
+        let raise = |value: &'static str| Operations::new().maximum(value);
+        let commit = client.namespace("highs").commit().request_id(id).ack_regions(1);
+        commit.mutate("old", raise("a")).mutate("new", raise("m")).into_future()
+    };
+    let first = commit(&us).await.expect("committed");
+    let again = commit(&eu).await.expect("answered");
+    assert!(again.committed);
+    let written = first.results[1].dot;
+    assert_ne!(first.results[0].dot, written, "the first changed nothing");
+    let dots: Vec<_> = again.results.iter().map(|result| result.dot).collect();
+    assert_eq!(dots, [written; 2], "there was one write");
+
+    let id = us.next_request_id();
+    let add = |client: &Client| {
+        let hits = client.namespace("hits");
+        hits.add("page", 5).request_id(id).ack_regions(1).into_future()
+    };
+    let first = add(&us).await.expect("counted");
+    let again = add(&eu).await.expect("answered");
+    assert_eq!((first.sum, again.sum), (Some(5), None));
+    assert_eq!((first.dot, count(&eu, "page").await), (again.dot, 5));
     cluster.stop().await;
 }

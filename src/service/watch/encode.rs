@@ -1,6 +1,5 @@
 //! What a watcher is sent, as messages.
 
-use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use tombolo_cluster::Topology;
 use tombolo_core::{
@@ -12,13 +11,8 @@ use tombolo_core::{
 };
 use tombolo_proto::v1::{self as pb, watch_event::Body};
 use tombolo_shard::{Event, FeedBatch, Previous};
-use tonic::Status;
-use tonic_types::StatusExt;
 
 use crate::convert::{Scope, encode_dot, timestamp};
-
-/// Longest token that a status carries, in bytes: headers are bounded.
-const TOKEN_BYTES_MAX: usize = 4 << 10;
 
 /// Makes responses of what one shard gave.
 pub(super) struct Encoder<'a> {
@@ -237,41 +231,4 @@ fn bytes_of(event: &Event) -> usize {
     });
     let written = content(&event.delta.sibling.content) + event.delta.key.len();
     written + 192 + event.delta.supersedes.len() * 16 + previous.sum::<usize>()
-}
-
-/// A status that says where to go on, if there is a token and it is short enough.
-pub(super) fn with_token(status: &Status, token: &Bytes) -> Status {
-    let mut details = status.get_error_details();
-    let fits = (1..=TOKEN_BYTES_MAX).contains(&token.len());
-    let Some(info) = details.error_info().filter(|_| fits) else { return status.clone() };
-    let (reason, domain) = (info.reason.clone(), info.domain.clone());
-    let mut metadata = info.metadata.clone();
-    metadata.insert("resume_token".to_owned(), STANDARD.encode(token));
-    details.set_error_info(reason, domain, metadata);
-    Status::with_error_details(status.code(), status.message(), details)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::reason::Reason;
-
-    #[test]
-    fn a_status_carries_the_token_beside_what_it_had_unless_it_is_too_long() {
-        let status = Reason::NoLeader.status("shard 3", &[("shard", "3".into())]);
-        let info = |status: &Status| status.get_details_error_info().unwrap();
-
-        let short = with_token(&status, &Bytes::from_static(b"token"));
-        assert_eq!(Reason::of(&short), Some(Reason::NoLeader));
-        assert_eq!(info(&short).metadata["shard"], "3");
-        assert_eq!(info(&short).metadata["resume_token"], "dG9rZW4=");
-        assert!(short.get_details_retry_info().is_some());
-
-        for token in [Bytes::new(), vec![0; TOKEN_BYTES_MAX + 1].into()] {
-            let without = with_token(&status, &token);
-            assert!(!info(&without).metadata.contains_key("resume_token"));
-        }
-        let foreign = with_token(&Status::cancelled("gone"), &Bytes::from_static(b"token"));
-        assert!(foreign.get_details_error_info().is_none());
-    }
 }
