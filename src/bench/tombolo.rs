@@ -264,7 +264,10 @@ impl Lane for TomboloLane {
         let request = v1::PutRequest {
             namespace: self.namespace.clone(),
             key: key.clone(),
-            value: Some(v1::Value { kind: Some(v1::value::Kind::Data(value)) }),
+            value: Some(v1::Value {
+                kind: Some(v1::value::Kind::Data(value)),
+                ..Default::default()
+            }),
             request_id: Some(self.request),
             ..v1::PutRequest::default()
         };

@@ -326,7 +326,7 @@ pub(crate) fn read_target(consistency: Consistency, key: &Bytes) -> Target {
 }
 
 pub(crate) fn data(value: Bytes) -> v1::Value {
-    v1::Value { kind: Some(v1::value::Kind::Data(value)) }
+    v1::Value { kind: Some(v1::value::Kind::Data(value)), ..Default::default() }
 }
 
 /// Options of every call, on each builder.

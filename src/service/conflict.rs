@@ -279,7 +279,10 @@ impl ConflictApi {
         };
         pb::Version {
             dot: Some(encode_dot(dot)),
-            value: data.map(|data| pb::Value { kind: Some(pb::value::Kind::Data(data)) }),
+            value: data.map(|data| pb::Value {
+                kind: Some(pb::value::Kind::Data(data)),
+                ..Default::default()
+            }),
             origin_region: self.gateway.topology().region_name(dot.actor.region),
             write_time: Some(timestamp(time)),
             hybrid_time: time.to_bits(),

@@ -146,7 +146,7 @@ impl Scope<'_> {
             let kind = Some(pb::value::Kind::Data(data.clone()));
             pb::Version {
                 dot: Some(encode_dot(sibling.dot)),
-                value: (!keys_only).then_some(pb::Value { kind }),
+                value: (!keys_only).then_some(pb::Value { kind, ..Default::default() }),
                 origin_region: self.topology.region_name(sibling.dot.actor.region),
                 write_time: Some(timestamp(sibling.time)),
                 hybrid_time: sibling.time.to_bits(),

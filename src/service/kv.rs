@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::{Stream, future::try_join_all};
+use prost::Message;
 use tokio::{sync::Semaphore, time::Instant};
 use tombolo_core::{
     Content, Dot, RegionId, RequestId, Rule, ShardId, VersionVector,
@@ -28,12 +29,14 @@ use crate::{
     gateway::{Call, Gateway, request as with_metadata},
     reason::Reason,
     replicated::{Awaited, encode_coverage, pending},
-    scan::{SCANS_MAX, ScanStream, version_bytes},
+    scan::{SCANS_MAX, ScanStream},
     status::{of_key_error, with_token},
-    typed::{Asked, MUTATIONS_MAX, Page, ReadError, mutated, of_refused, read},
+    typed::{
+        Asked, MUTATIONS_MAX, Page, ReadError, check_sums, mutated, of_refused, read, values_of,
+    },
 };
 
-/// Values of a BatchGet, in bytes of values.
+/// Most bytes of the results of a BatchGet.
 const BATCH_REPLY_BYTES_MAX: usize = 128 << 20;
 /// Largest answer of another node: a failed commit shows up to 128 values.
 const FORWARDED_BYTES_MAX: usize = 192 << 20;
@@ -434,31 +437,30 @@ impl KvApi {
         })
     }
 
-    /// Reads a typed value on this replica.
+    /// Reads typed values of one shard on this replica, all as of one moment.
     async fn get_typed(
         &self,
-        namespace: &Arc<Namespace>,
+        namespace: &Namespace,
         shard: &Shard,
-        key: &Bytes,
-        asked: Asked,
+        asked: Vec<Asked>,
     ) -> Result<TypedRead, Status> {
-        // Before the data, so that it covers nothing that is not shown.
-        let seen = shard.frontier(namespace.id);
-        let (of, from, read_key) = (Arc::clone(namespace), shard.clone(), key.clone());
-        let gateway = Arc::clone(&self.gateway);
-        let page = move || read(gateway.cluster(), &from, &of, &read_key, &asked);
-        let page = blocking(page).await;
-        match page {
-            Ok(page) => Ok(TypedRead { page, seen }),
-            Err(ReadError::Shard(error)) => Err(self.gateway.status(error)),
-            Err(ReadError::Status(status)) => Err(status),
-        }
+        let (gateway, shard, namespace) = (Arc::clone(&self.gateway), shard.clone(), namespace.id);
+        let found = blocking(move || {
+            let pinned = shard.store().pin(namespace);
+            let page = |asked: &Asked| read(gateway.cluster(), &pinned, asked);
+            let pages = asked.iter().map(page).collect::<Result<_, _>>()?;
+            Ok(TypedRead { pages, seen: pinned.frontier().clone() })
+        });
+        found.await.map_err(|error| match error {
+            ReadError::Storage(error) => self.gateway.status(error.into()),
+            ReadError::Status(status) => status,
+        })
     }
 }
 
-/// A part of a typed value, and what it has seen.
+/// Parts of typed values, in the order in which they were asked for, and what was applied when they were read.
 struct TypedRead {
-    page: Page,
+    pages: Vec<Page>,
     seen: VersionVector,
 }
 
@@ -487,7 +489,7 @@ fn batch_too_large(what: &str, count: usize) -> Status {
 
 /// Counts a result, and refuses more than a reply may have.
 fn within_reply(result: pb::KeyResult, bytes: &mut usize) -> Result<pb::KeyResult, Status> {
-    *bytes += result.versions.iter().map(version_bytes).sum::<usize>();
+    *bytes += result.encoded_len();
     if *bytes <= BATCH_REPLY_BYTES_MAX {
         return Ok(result);
     }
@@ -583,11 +585,16 @@ impl KvService for KvApi {
         let scope = self.gateway.scope(namespace.id);
         if namespace.rule.is_typed() {
             let asked = Asked::of_get(namespace.rule, &message)?;
-            let TypedRead { page, seen } =
-                self.get_typed(&namespace, shard, &message.key, asked).await?;
-            let rule = namespace.rule;
+            let TypedRead { mut pages, seen } =
+                self.get_typed(&namespace, shard, vec![asked]).await?;
+            let page = pages.pop().unwrap_or_default();
+            let latest = page.assembly.latest();
+            let values = values_of(namespace.rule, page.assembly);
+            if !message.keys_only {
+                check_sums(&message.key, &values)?;
+            }
             return Ok(Response::new(pb::GetResponse {
-                versions: scope.typed_versions(rule, page.assembly, message.keys_only)?,
+                versions: scope.typed_versions(latest, values, message.keys_only),
                 context: scope.seal_context(&message.key, &seen),
                 session_token: self.token(session, &namespace, shard.id(), &seen),
                 revision: Some(encode_revision(revision)),
@@ -639,23 +646,21 @@ impl KvService for KvApi {
         let mut results = vec![pb::KeyResult::default(); message.keys.len()];
         let mut bytes = 0;
         for (shard, places) in shards.into_values() {
+            let keys: Vec<Bytes> = places.iter().map(|&at| message.keys[at].clone()).collect();
             if namespace.rule.is_typed() {
-                for place in places {
-                    let key = message.keys[place].clone();
-                    let read = self.get_typed(&namespace, shard, &key, Asked::all());
-                    let TypedRead { page, seen } = read.await?;
-                    session.observe(namespace.id, shard.id(), &seen);
-                    let rule = namespace.rule;
-                    let partial = !page.next.is_empty();
-                    let versions = scope.typed_versions(rule, page.assembly, message.keys_only)?;
-                    let context = scope.seal_context(&key, &seen);
-                    let result =
-                        pb::KeyResult { key, versions, context, partial, settle_time: None };
+                let asked = keys.iter().cloned().map(Asked::all).collect();
+                let TypedRead { pages, seen } = self.get_typed(&namespace, shard, asked).await?;
+                session.observe(namespace.id, shard.id(), &seen);
+                for ((key, Page { assembly, next }), place) in
+                    keys.into_iter().zip(pages).zip(places)
+                {
+                    let (rule, keys_only) = (namespace.rule, message.keys_only);
+                    let result = scope.typed_result(rule, key, assembly, &seen, keys_only);
+                    let result = pb::KeyResult { partial: !next.is_empty(), ..result };
                     results[place] = within_reply(result, &mut bytes)?;
                 }
                 continue;
             }
-            let keys: Vec<Bytes> = places.iter().map(|&at| message.keys[at].clone()).collect();
             // One moment of the shard: an atomic commit is seen whole or not at all.
             let records = shard.records(namespace.id, &keys);
             let records = records.map_err(|error| self.gateway.status(error))?;
@@ -860,5 +865,24 @@ fn delete_response(put: pb::PutResponse) -> pb::DeleteResponse {
         write_time: put.write_time,
         hybrid_time: put.hybrid_time,
         revision: put.revision,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn typed_values_count_with_all_their_bytes() {
+        let set = pb::SetValue { elements: vec![vec![0; 100].into(); 10] };
+        let kind = Some(pb::value::Kind::Set(set));
+        let value = Some(pb::Value { kind, ..Default::default() });
+        let versions = vec![pb::Version { value, ..Default::default() }];
+        let result = pb::KeyResult { versions, ..Default::default() };
+
+        let mut bytes = BATCH_REPLY_BYTES_MAX - 1500;
+        let result = within_reply(result, &mut bytes).unwrap();
+        let refused = within_reply(result, &mut bytes).unwrap_err();
+        assert_eq!(Reason::of(&refused), Some(Reason::BatchTooLarge));
     }
 }

@@ -140,7 +140,7 @@ reasons! {
         "Use an operation of that rule or field; a field can be deleted first and then be something else."
     CounterOverflow "COUNTER_OVERFLOW" OutOfRange Never 0
         "The counter's sum leaves, or would leave, the range of a signed 64-bit number; nothing was added."
-        "Add less. A sum that regions made at the same time can be brought back by adding a negative number."
+        "Add less. A sum that regions made at the same time, metadata `sum`, can be brought back by adding a negative number."
     TooManyElements "TOO_MANY_ELEMENTS" FailedPrecondition Never 0
         "The value or field has more elements than one deletion takes away."
         "Read the elements page by page and remove them, then delete what is left."

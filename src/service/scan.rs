@@ -10,6 +10,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt, future, stream};
+use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tombolo_core::{
@@ -18,7 +19,6 @@ use tombolo_core::{
     key::KEY_BYTES_MAX,
     namespace::Namespace,
     token::{SessionToken, TokenKey, decode_page, encode_page},
-    typed::Assembly,
 };
 use tombolo_proto::v1 as pb;
 use tombolo_shard::{Shard, ShardError, end_of_prefix};
@@ -29,7 +29,7 @@ use crate::{
     gateway::Gateway,
     reason::Reason,
     status::of_token_error,
-    typed::{ELEMENTS_DEFAULT, data_bytes},
+    typed::{ELEMENTS_DEFAULT, Shown},
 };
 
 /// What one scan may hold in memory, over all shards.
@@ -83,9 +83,7 @@ struct Source {
 /// A typed value that is being put together.
 struct OpenKey {
     key: Bytes,
-    assembly: Assembly,
-    elements: usize,
-    bytes: usize,
+    shown: Shown,
     /// It has more elements than a scan shows.
     partial: bool,
     /// What its shard had applied when it was pinned.
@@ -183,12 +181,12 @@ impl ScanStream {
         let mut results = Vec::new();
         let mut bytes = 0;
         while bytes < REPLY_BYTES_MAX && results.len() < REPLY_KEYS_MAX && self.left > 0 {
-            let Some((result, size)) = self.next_key().await? else { break };
+            let Some(result) = self.next_key().await? else { break };
             // It may have expired since the page was read.
             if result.versions.is_empty() {
                 continue;
             }
-            bytes += result.key.len() + result.context.len() + size;
+            bytes += result.encoded_len();
             self.left -= 1;
             results.push(result);
         }
@@ -206,27 +204,21 @@ impl ScanStream {
         Ok(pb::ScanResponse { results, page_token, session_token })
     }
 
-    /// The next key with its value, and about how many bytes that has.
-    async fn next_key(&mut self) -> Result<Option<(pb::KeyResult, usize)>, Status> {
+    /// The next key with its value.
+    async fn next_key(&mut self) -> Result<Option<pb::KeyResult>, Status> {
         let rule = self.namespace.rule;
         if rule.is_typed() {
             let next = self.next_typed().await.map_err(|error| self.gateway.status(error))?;
-            let Some(OpenKey { key, assembly, bytes, partial, seen, .. }) = next else {
-                return Ok(None);
-            };
+            let Some(OpenKey { key, shown, partial, seen }) = next else { return Ok(None) };
             let scope = self.gateway.scope(self.namespace.id);
-            let versions = scope.typed_versions(rule, assembly, self.keys_only)?;
-            let context = scope.seal_context(&key, &seen);
-            let result = pb::KeyResult { key, versions, context, partial, settle_time: None };
-            return Ok(Some((result, bytes)));
+            let result = scope.typed_result(rule, key, shown.assembly, &seen, self.keys_only);
+            return Ok(Some(pb::KeyResult { partial, ..result }));
         }
         self.fill().await.map_err(|error| self.gateway.status(error))?;
         let Some(source) = self.first() else { return Ok(None) };
         let Some((key, record)) = source.page.pop_front() else { return Ok(None) };
         let scope = self.gateway.scope(self.namespace.id);
-        let result = scope.key_result(&self.namespace, key, Some(&record), self.keys_only);
-        let size = result.versions.iter().map(version_bytes).sum::<usize>();
-        Ok(Some((result, size)))
+        Ok(Some(scope.key_result(&self.namespace, key, Some(&record), self.keys_only)))
     }
 
     /// Puts the next key's elements together. Passes over those that are more than a scan shows.
@@ -242,25 +234,14 @@ impl ScanStream {
             };
             match &mut open {
                 Some(held) if held.key == element.key => {
-                    if held.elements < ELEMENTS_DEFAULT {
-                        held.add(&element, &record);
-                    } else {
+                    if !held.shown.add(element, &record) {
                         held.partial = true;
-                        source.skip(&element.key);
+                        source.skip(&held.key);
                     }
                     self.open = open;
                 }
                 _ => {
-                    let mut next = OpenKey {
-                        key: element.key.clone(),
-                        assembly: Assembly::default(),
-                        elements: 0,
-                        bytes: 0,
-                        partial: false,
-                        seen: source.seen.clone(),
-                    };
-                    next.add(&element, &record);
-                    self.open = Some(next);
+                    self.open = Some(OpenKey::new(element, &record, &source.seen));
                     if open.is_some() {
                         return Ok(open);
                     }
@@ -313,10 +294,11 @@ impl ScanStream {
 }
 
 impl OpenKey {
-    fn add(&mut self, element: &Element, record: &Record) {
-        self.assembly.add(element, record);
-        self.elements += 1;
-        self.bytes += data_bytes(record);
+    /// The value that an element begins.
+    fn new(element: Element, record: &Record, seen: &VersionVector) -> Self {
+        let (key, mut shown) = (element.key.clone(), Shown::new(0, ELEMENTS_DEFAULT));
+        shown.add(element, record);
+        Self { key, shown, partial: false, seen: seen.clone() }
     }
 }
 
@@ -362,23 +344,15 @@ fn of_elements(range: &ScanRange) -> ScanRange {
     }
 }
 
-pub(crate) fn version_bytes(version: &pb::Version) -> usize {
-    match version.value.as_ref().and_then(|value| value.kind.as_ref()) {
-        Some(pb::value::Kind::Data(data)) => data.len() + 64,
-        Some(_) | None => 64,
-    }
-}
-
 /// Where a scan goes on after `key`: the first key of the rest, or, backwards, the key that the
 /// rest ends before.
 fn continuation(key: &Bytes, reverse: bool) -> Bytes {
-    if reverse {
-        return key.clone();
-    }
-    let mut next = Vec::with_capacity(key.len() + 1);
-    next.extend_from_slice(key);
-    next.push(0);
-    next.into()
+    if reverse { key.clone() } else { after(key) }
+}
+
+/// The first key after this one.
+pub(crate) fn after(key: &[u8]) -> Bytes {
+    [key, &[0]].concat().into()
 }
 
 /// The range that a request asks for; `None` if it is empty.

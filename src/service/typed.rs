@@ -5,23 +5,24 @@
 //!
 //! Not here: scans over keys (`scan`), which assemble what they pass with the same functions.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use tombolo_core::{
-    Content, Record, Rule,
+    Content, Dot, HybridTime, Record, Rule, VersionVector,
     command::Written,
     element::{self, Element, Kind, Part},
-    namespace::Namespace,
     token::{TokenKey, decode_page, encode_page},
     typed::{Action, Assembly, Mutation, Refusal, Refused, Value, permits},
 };
 use tombolo_proto::v1 as pb;
-use tombolo_shard::{Shard, ShardError};
-use tombolo_storage::ScanRange;
+use tombolo_storage::{Pinned, ScanRange, StorageError};
 use tonic::Status;
 
 use crate::{
     convert::{Scope, encode_dot, timestamp},
     reason::Reason,
+    scan::after,
     status::of_token_error,
 };
 
@@ -100,29 +101,66 @@ impl Scope<'_> {
         Ok(Mutation { key, path: Vec::new(), action: Action::Clear, context })
     }
 
-    /// What an assembled value looks like on the wire: a version for each of its values.
+    /// What a typed value looks like on the wire: a version for each of its values, all of its latest write.
     pub(crate) fn typed_versions(
         &self,
-        rule: Rule,
-        assembly: Assembly,
+        latest: Option<(HybridTime, Dot)>,
+        values: Vec<Value>,
         keys_only: bool,
-    ) -> Result<Vec<pb::Version>, Status> {
-        let Some((time, dot)) = assembly.latest() else { return Ok(Vec::new()) };
-        let mut values = assembly.finish();
-        if values.is_empty() && rule == Rule::Map {
-            values.push(Value::Map(Vec::new()));
-        }
-        let version = |value| {
-            Ok(pb::Version {
-                dot: Some(encode_dot(dot)),
-                value: if keys_only { None } else { Some(encode_value(value)?) },
-                origin_region: self.topology.region_name(dot.actor.region),
-                write_time: Some(timestamp(time)),
-                hybrid_time: time.to_bits(),
-                expire_time: None,
-            })
+    ) -> Vec<pb::Version> {
+        let Some((time, dot)) = latest else { return Vec::new() };
+        let version = |value| pb::Version {
+            dot: Some(encode_dot(dot)),
+            value: (!keys_only).then(|| encode_value(value)),
+            origin_region: self.topology.region_name(dot.actor.region),
+            write_time: Some(timestamp(time)),
+            hybrid_time: time.to_bits(),
+            expire_time: None,
         };
         values.into_iter().map(version).collect()
+    }
+
+    /// A key of a typed namespace, as a reader of many sees it.
+    pub(crate) fn typed_result(
+        &self,
+        rule: Rule,
+        key: Bytes,
+        assembly: Assembly,
+        seen: &VersionVector,
+        keys_only: bool,
+    ) -> pb::KeyResult {
+        let latest = assembly.latest();
+        let versions = self.typed_versions(latest, values_of(rule, assembly), keys_only);
+        let context = self.seal_context(&key, seen);
+        pb::KeyResult { key, versions, context, ..Default::default() }
+    }
+}
+
+/// What elements are together. A map is there even if it has no fields.
+pub(crate) fn values_of(rule: Rule, assembly: Assembly) -> Vec<Value> {
+    if assembly.is_empty() {
+        return Vec::new();
+    }
+    let mut values = assembly.finish();
+    if values.is_empty() && rule == Rule::Map {
+        values.push(Value::Map(Vec::new()));
+    }
+    values
+}
+
+/// Refuses a counter that has no number of 64 bits: who asked for it alone should not take another number
+/// for it.
+pub(crate) fn check_sums(key: &[u8], values: &[Value]) -> Result<(), Status> {
+    let beyond = values.iter().find_map(|value| match value {
+        Value::Counter(sum) => i64::try_from(*sum).is_err().then_some(sum),
+        Value::Set(_) | Value::Flag(_) | Value::Data(_) | Value::Map(_) => None,
+    });
+    match beyond {
+        None => Ok(()),
+        Some(sum) => Err(Reason::CounterOverflow.status(
+            format!("regions added to the counter at the same time, and its sum is {sum}"),
+            &[("sum", sum.to_string()), ("key", key.escape_ascii().to_string())],
+        )),
     }
 }
 
@@ -136,32 +174,38 @@ fn invalid(error: element::ElementError) -> Status {
     Reason::RequestInvalid.status(error.to_string(), &[])
 }
 
-fn encode_value(value: Value) -> Result<pb::Value, Status> {
+fn encode_value(value: Value) -> pb::Value {
     use pb::value::Kind as Shown;
+    let mut saturated = false;
     let kind = match value {
-        Value::Counter(sum) => Shown::Counter(i64::try_from(sum).map_err(|_| {
-            Reason::CounterOverflow.status(
-                format!("regions added to the counter at the same time, and its sum is {sum}"),
-                &[("sum", sum.to_string())],
-            )
-        })?),
+        Value::Counter(sum) => {
+            let shown = within_range(sum);
+            saturated = i128::from(shown) != sum;
+            Shown::Counter(shown)
+        }
         Value::Set(elements) => Shown::Set(pb::SetValue { elements }),
         Value::Flag(on) => Shown::Flag(on),
         Value::Data(data) => Shown::Data(data),
         Value::Map(fields) => {
             let field = |(name, value): (Bytes, Value)| {
                 let name = String::from_utf8_lossy(&name).into_owned();
-                Ok::<_, Status>(pb::MapField { name, value: Some(encode_value(value)?) })
+                pb::MapField { name, value: Some(encode_value(value)) }
             };
-            let fields = fields.into_iter().map(field).collect::<Result<_, _>>()?;
-            Shown::Map(pb::MapValue { fields })
+            Shown::Map(pb::MapValue { fields: fields.into_iter().map(field).collect() })
         }
     };
-    Ok(pb::Value { kind: Some(kind) })
+    pb::Value { kind: Some(kind), saturated }
+}
+
+/// The number of 64 bits that is closest to a sum.
+fn within_range(sum: i128) -> i64 {
+    let end = if sum < 0 { i64::MIN } else { i64::MAX };
+    i64::try_from(sum).unwrap_or(end)
 }
 
 /// Which elements of a key a read asks for.
 pub(crate) struct Asked {
+    key: Bytes,
     path: Vec<Bytes>,
     limit: usize,
     token: Bytes,
@@ -171,9 +215,9 @@ pub(crate) struct Asked {
 
 impl Asked {
     /// Everything, as far as one reply goes.
-    pub(crate) fn all() -> Self {
+    pub(crate) fn all(key: Bytes) -> Self {
         let (path, only, token) = (Vec::new(), Vec::new(), Bytes::new());
-        Self { path, limit: ELEMENTS_DEFAULT, token, only, request: 0 }
+        Self { key, path, limit: ELEMENTS_DEFAULT, token, only, request: 0 }
     }
 
     /// Refuses to look into values that have no elements.
@@ -205,8 +249,8 @@ impl Asked {
             Ok(limit) => limit.min(ELEMENTS_MAX),
             Err(_) => ELEMENTS_MAX,
         };
-        let token = message.element_token.clone();
-        Ok(Self { path, limit, token, only, request: hash_of(message) })
+        let (key, token) = (message.key.clone(), message.element_token.clone());
+        Ok(Self { key, path, limit, token, only, request: hash_of(message) })
     }
 }
 
@@ -222,88 +266,124 @@ fn hash_of(message: &pb::GetRequest) -> u32 {
 }
 
 /// A part of a typed value.
+#[derive(Default)]
 pub(crate) struct Page {
     pub(crate) assembly: Assembly,
     /// Where it goes on; empty if it does not.
     pub(crate) next: Bytes,
 }
 
-/// Reads what is asked for of a key. Reads the disk: not for a thread that must not wait.
+/// Elements that are shown together, up to a limit and [`ELEMENTS_BYTES_MAX`].
+#[derive(Default)]
+pub(crate) struct Shown {
+    pub(crate) assembly: Assembly,
+    limit: usize,
+    elements: usize,
+    bytes: usize,
+    /// Where the counter is of which the last one was a share.
+    counter: Option<Vec<Bytes>>,
+}
+
+impl Shown {
+    /// None yet, of what lies `depth` names deep in a value.
+    pub(crate) fn new(depth: usize, limit: usize) -> Self {
+        Self { assembly: Assembly::at_depth(depth), limit, ..Self::default() }
+    }
+
+    /// Adds an element, in order, unless there are enough. The shares of one counter are shown as one sum, or
+    /// not at all.
+    pub(crate) fn add(&mut self, element: Element, record: &Record) -> bool {
+        let is_share = element.part.kind() == Kind::Counter;
+        let goes_on = is_share && self.counter.as_ref() == Some(&element.path);
+        let is_full = self.limit <= self.elements || ELEMENTS_BYTES_MAX <= self.bytes;
+        if is_full && !goes_on {
+            return false;
+        }
+        self.assembly.add(&element, record);
+        self.elements += 1;
+        self.bytes += bytes_of(&element, record);
+        self.counter = is_share.then_some(element.path);
+        true
+    }
+}
+
+/// About how many bytes an element takes in a reply.
+fn bytes_of(element: &Element, record: &Record) -> usize {
+    let member = match &element.part {
+        Part::Member(member) => member.len(),
+        Part::Share(_) | Part::Whole(_) => 0,
+    };
+    let path = element.path.iter().map(|name| name.len() + 16);
+    let content = |content: &Content| match content {
+        Content::Value { data, .. } => data.len() + 16,
+        Content::Tombstone | Content::Count { .. } | Content::Reset { .. } => 32,
+    };
+    let held = record.siblings().iter().map(|held| content(&held.content));
+    member + path.sum::<usize>() + held.sum::<usize>()
+}
+
+/// Reads what is asked for of a key, as of the moment of the pin. Reads the disk: not for a thread that must
+/// not wait.
 ///
 /// # Errors
 /// If the token is of another request, or the data cannot be read.
-pub(crate) fn read(
-    seal: &TokenKey,
-    shard: &Shard,
-    namespace: &Namespace,
-    key: &Bytes,
-    asked: &Asked,
-) -> Result<Page, ReadError> {
+pub(crate) fn read(seal: &TokenKey, pinned: &Pinned<'_>, asked: &Asked) -> Result<Page, ReadError> {
+    if asked.only.is_empty() { read_page(seal, pinned, asked) } else { read_members(pinned, asked) }
+}
+
+/// Reads elements of a set by their names.
+fn read_members(pinned: &Pinned<'_>, asked: &Asked) -> Result<Page, ReadError> {
     let mut assembly = Assembly::at_depth(asked.path.len());
-    if !asked.only.is_empty() {
-        let element = |member: &Bytes| Element {
-            key: key.clone(),
-            path: asked.path.clone(),
-            part: Part::Member(member.clone()),
-        };
-        let mut members = asked.only.clone();
-        members.sort_unstable();
-        members.dedup();
-        let elements: Vec<Element> = members.iter().map(element).collect();
-        let keys: Vec<Bytes> = elements.iter().map(Element::to_key).collect();
-        for (element, record) in elements.iter().zip(shard.records(namespace.id, &keys)?) {
-            record.iter().for_each(|record| assembly.add(element, record));
+    let members: BTreeSet<&Bytes> = asked.only.iter().collect();
+    for member in members {
+        let part = Part::Member(member.clone());
+        let element = Element { key: asked.key.clone(), path: asked.path.clone(), part };
+        let start = element.to_key();
+        let range = ScanRange { end: Some(after(&start)), start, reverse: false };
+        for (_, record) in pinned.scan(&range, 1, ELEMENTS_BYTES_MAX)?.records {
+            assembly.add(&element, &record);
         }
-        return Ok(Page { assembly, next: Bytes::new() });
     }
-    let under = element::prefix(key, &asked.path);
-    let start = if asked.token.is_empty() {
-        Bytes::copy_from_slice(&under)
-    } else {
+    Ok(Page { assembly, next: Bytes::new() })
+}
+
+/// Reads elements from where the request begins, as many as are shown.
+fn read_page(seal: &TokenKey, pinned: &Pinned<'_>, asked: &Asked) -> Result<Page, ReadError> {
+    let under = element::prefix(&asked.key, &asked.path);
+    let mut start = Bytes::copy_from_slice(&under);
+    if !asked.token.is_empty() {
         let next = decode_page(seal, asked.request, &asked.token)
             .map_err(|error| of_token_error(Reason::PageTokenInvalid, &error))?;
-        next.max(Bytes::copy_from_slice(&under))
-    };
+        start = start.max(next);
+    }
     let end = element::end_of(&under).map(Bytes::from);
     let mut range = ScanRange { start, end, reverse: false };
-    let (mut shown, mut bytes) = (0, 0);
-    let mut last: Option<Element> = None;
+    let mut shown = Shown::new(asked.path.len(), asked.limit);
     loop {
-        let page = shard.scan(namespace.id, &range, asked.limit + 1, ELEMENTS_BYTES_MAX)?;
+        let page = pinned.scan(&range, asked.limit + 1, ELEMENTS_BYTES_MAX)?;
         for (record_key, record) in &page.records {
             let Some(element) = Element::from_key(record_key) else { continue };
-            let is_full = asked.limit <= shown || ELEMENTS_BYTES_MAX <= bytes;
-            // The shares of one counter are shown as one sum, or not at all.
-            let goes_on = last.as_ref().is_some_and(|last| {
-                element.part.kind() == Kind::Counter
-                    && last.part.kind() == Kind::Counter
-                    && last.path == element.path
-            });
-            if is_full && !goes_on {
+            if !shown.add(element, record) {
                 let next = encode_page(seal, asked.request, record_key);
-                return Ok(Page { assembly, next });
+                return Ok(Page { assembly: shown.assembly, next });
             }
-            assembly.add(&element, record);
-            bytes += record_key.len() + data_bytes(record);
-            shown += 1;
-            last = Some(element);
         }
         match page.next {
             Some(next) => range.start = next,
-            None => return Ok(Page { assembly, next: Bytes::new() }),
+            None => return Ok(Page { assembly: shown.assembly, next: Bytes::new() }),
         }
     }
 }
 
 /// Why a typed value could not be read.
 pub(crate) enum ReadError {
-    Shard(ShardError),
+    Storage(StorageError),
     Status(Status),
 }
 
-impl From<ShardError> for ReadError {
-    fn from(error: ShardError) -> Self {
-        Self::Shard(error)
+impl From<StorageError> for ReadError {
+    fn from(error: StorageError) -> Self {
+        Self::Storage(error)
     }
 }
 
@@ -311,14 +391,6 @@ impl From<Status> for ReadError {
     fn from(status: Status) -> Self {
         Self::Status(status)
     }
-}
-
-pub(crate) fn data_bytes(record: &Record) -> usize {
-    let bytes = |content: &Content| match content {
-        Content::Value { data, .. } => data.len() + 16,
-        Content::Tombstone | Content::Count { .. } | Content::Reset { .. } => 32,
-    };
-    record.siblings().iter().map(|held| bytes(&held.content)).sum()
 }
 
 /// The answer to a mutation.
@@ -344,10 +416,8 @@ pub(crate) fn mutated(
     let last = results.last();
     let sum = results.iter().rev().find_map(|result| result.sum);
     pb::MutateResponse {
-        value: sum.map(|sum| pb::Value { kind: Some(pb::value::Kind::Counter(sum)) }),
-        context: last
-            .map(|it| scope.seal_context(key, &it.context))
-            .unwrap_or_default(),
+        value: sum.map(|sum| encode_value(Value::Counter(sum.into()))),
+        context: last.map(|it| scope.seal_context(key, &it.context)).unwrap_or_default(),
         session_token: Bytes::new(),
         dot: last.map(|it| encode_dot(it.dot)),
         revision: None,
@@ -413,5 +483,74 @@ pub(crate) fn of_refused(rule: Rule, mutations: &[Mutation], refused: Refused) -
             )),
             &metadata,
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tombolo_core::{
+        Actor, RegionId,
+        record::{Count, Delta, PushedOut, Sibling},
+    };
+
+    use super::*;
+
+    fn record(content: Content) -> Record {
+        let dot = Dot { actor: Actor { region: RegionId(1), incarnation: 1 }, seq: 1 };
+        let sibling = Sibling { dot, time: HybridTime::ZERO, request: None, content };
+        let (key, supersedes, pushed_out) = (Bytes::new(), Vec::new(), PushedOut::default());
+        let delta = Delta { key, sibling, supersedes, pushed_out };
+        let mut record = Record::default();
+        record.apply(&delta, &VersionVector::new(), Rule::Map);
+        record
+    }
+
+    fn element(name: &'static str, part: Part) -> Element {
+        Element { key: "k".into(), path: vec![name.into()], part }
+    }
+
+    fn share(name: &'static str, region: u16) -> Element {
+        element(name, Part::Share(Actor { region: RegionId(region), incarnation: 1 }))
+    }
+
+    #[test]
+    fn elements_are_shown_up_to_a_limit_but_a_counter_as_a_whole() {
+        let counted =
+            record(Content::Count { count: Count { since: 1, total: 5 }, taken_back: Vec::new() });
+        let mut shown = Shown::new(0, 2);
+        for element in [share("a", 1), share("a", 2), share("a", 3)] {
+            assert!(shown.add(element, &counted));
+        }
+        assert!(!shown.add(share("b", 1), &counted), "another counter");
+        let sums = vec![("a".into(), Value::Counter(15))];
+        assert_eq!(values_of(Rule::Map, shown.assembly), [Value::Map(sums)]);
+    }
+
+    #[test]
+    fn elements_are_shown_up_to_so_many_bytes() {
+        let large = record(Content::value(vec![0; ELEMENTS_BYTES_MAX]));
+        let mut shown = Shown::new(0, 100);
+        assert!(
+            shown.add(element("a", Part::Whole(Kind::Register)), &large),
+            "one there always is"
+        );
+        assert!(!shown.add(element("b", Part::Whole(Kind::Register)), &large));
+    }
+
+    #[test]
+    fn a_sum_beyond_64_bits_is_shown_as_the_end_of_the_range_and_refused_by_itself() {
+        let beyond = i128::from(i64::MAX) + 1;
+        for (sum, shown, saturated) in [
+            (7, 7, false),
+            (i128::from(i64::MIN), i64::MIN, false),
+            (beyond, i64::MAX, true),
+            (-beyond - 1, i64::MIN, true),
+        ] {
+            let fields = Value::Map(vec![("f".into(), Value::Counter(sum))]);
+            assert!(check_sums(b"k", &[fields]).is_ok());
+            assert_eq!(check_sums(b"k", &[Value::Counter(sum)]).is_err(), saturated);
+            let kind = Some(pb::value::Kind::Counter(shown));
+            assert_eq!(encode_value(Value::Counter(sum)), pb::Value { kind, saturated });
+        }
     }
 }

@@ -112,7 +112,10 @@ async fn a_node_jumps(offset_ms: i64) {
     let put = proto::PutRequest {
         namespace: "default".to_owned(),
         key: "through the bad one".into(),
-        value: Some(proto::Value { kind: Some(proto::value::Kind::Data("v".into())) }),
+        value: Some(proto::Value {
+            kind: Some(proto::value::Kind::Data("v".into())),
+            ..Default::default()
+        }),
         expiration: Some(proto::put_request::Expiration::Ttl(ttl)),
         ..Default::default()
     };

@@ -331,7 +331,8 @@ async fn waits_and_commits_that_make_no_sense_are_refused_by_name() {
         expiration: Some(expiration),
         ..Default::default()
     };
-    let value = proto::Value { kind: Some(proto::value::Kind::Data("v".into())) };
+    let kind = Some(proto::value::Kind::Data("v".into()));
+    let value = proto::Value { kind, ..Default::default() };
     let long = proto::write::Expiration::Ttl(prost_types::Duration { seconds: 9, nanos: 0 });
     for write in [
         write(proto::write::Action::Put(value), ttl),

@@ -3,9 +3,13 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use tombolo_client::{Client, Code, Operations, Session, Value, proto};
+use tombolo_client::{
+    Client, Code, Commit, Entry, Got, Operations, Session, Value,
+    proto::{self, kv_service_client::KvServiceClient},
+};
+use tombolo_service::reason::Reason;
 
-use crate::support::{Cluster, apart, wait_until};
+use crate::support::{Cluster, apart, channel, wait_until};
 
 async fn create(client: &Client, name: &str, rule: proto::Rule) {
     client.admin().create_namespace(name, rule).await.expect("created");
@@ -116,6 +120,158 @@ async fn a_set_is_read_page_by_page_and_shown_in_part_by_a_scan() {
     tags.mutate("big", Operations::new().remove_all(some)).await.expect("removed");
     tags.delete("big").await.expect("deleted");
     assert!(tags.get("big").await.expect("read").versions.is_empty());
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn scans_and_batches_show_as_many_bytes_of_a_value_as_a_get() {
+    let cluster = Cluster::start(&[("us", 1)], 2).await;
+    let us = cluster.client("us").await;
+    create(&us, "profiles", proto::Rule::Map).await;
+    let profiles = us.namespace("profiles");
+    for name in ["a", "b", "c", "d", "e", "f"] {
+        let large = Operations::new().field([name]).assign(vec![0; 300 << 10]);
+        profiles.mutate("big", large).await.expect("assigned");
+    }
+    profiles.mutate("z", Operations::new().field(["a"]).assign("small")).await.expect("assigned");
+
+    let fields = |value: Option<&Value>| match value {
+        Some(Value::Map(fields)) => fields.iter().map(|(name, _)| name.clone()).collect(),
+        other => panic!("{other:?}"),
+    };
+    let shown = |entry: &Entry| -> (Vec<String>, bool) {
+        (fields(entry.versions[0].typed.as_ref()), entry.partial)
+    };
+    let part = |names: [&str; 4]| (names.map(str::to_owned).to_vec(), true);
+    let (first, last) = (part(["a", "b", "c", "d"]), part(["c", "d", "e", "f"]));
+    let small = (vec!["a".to_owned()], false);
+    let forward = profiles.scan().collect().await.expect("scanned");
+    assert_eq!(forward.iter().map(shown).collect::<Vec<_>>(), [first.clone(), small.clone()]);
+    let backward = profiles.scan().reverse().collect().await.expect("scanned");
+    assert_eq!(backward.iter().map(shown).collect::<Vec<_>>(), [small, last]);
+    let batch = profiles.batch_get(["big"]).await.expect("read");
+    assert_eq!(fields(batch[0].typed()), first.0);
+    let got = profiles.get("big").await.expect("read");
+    assert_eq!(fields(got.typed()), first.0);
+    assert!(!got.next_elements.is_empty());
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_scan_cuts_no_counter_in_two() {
+    let cluster = Cluster::start(&[("us", 1), ("eu", 1)], 1).await;
+    let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
+    create(&us, "profiles", proto::Rule::Map).await;
+    wait_known(&eu, "profiles").await;
+    // Two regions' shares of "a", 997 registers, and two shares of "z": the limit lies between the last two,
+    // or the first two when it goes backwards.
+    let registers = (0..997).map(|number| format!("f{number:03}"));
+    let all = registers.fold(Operations::new(), |all, name| all.field([name]).assign("x"));
+    us.namespace("profiles").mutate("k", all).await.expect("assigned");
+    for client in [&us, &eu] {
+        let both = Operations::new().field(["a"]).add(5).field(["z"]).add(7);
+        client.namespace("profiles").mutate("k", both).ack_regions(1).await.expect("counted");
+    }
+    let profiles = eu.namespace("profiles");
+    for scan in [profiles.scan(), profiles.scan().reverse()] {
+        let entries = scan.collect().await.expect("scanned");
+        let value = entries[0].versions[0].typed.as_ref().expect("a value");
+        let sum = |name| value.field(&[name]).and_then(Value::as_counter);
+        assert_eq!((sum("a"), sum("z"), entries[0].partial), (Some(10), Some(14), false));
+    }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_counter_beyond_64_bits_does_not_hide_the_keys_beside_it() {
+    let cluster = Cluster::start(&[("us", 1), ("eu", 1)], 2).await;
+    let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
+    create(&us, "hits", proto::Rule::Counter).await;
+    create(&us, "profiles", proto::Rule::Map).await;
+    wait_known(&eu, "profiles").await;
+    us.namespace("hits").add("a", 1).await.expect("counted");
+    apart([("us", &us), ("eu", &eu)], async || {
+        for client in [&us, &eu] {
+            client.namespace("hits").add("page", i64::MAX).await.expect("counted");
+            let visits = Operations::new().field(["visits"]).add(i64::MAX);
+            client.namespace("profiles").mutate("ada", visits).await.expect("counted");
+        }
+    })
+    .await;
+    wait_until("us has the sum of both", async || {
+        let got = us.namespace("hits").get("page").await;
+        got.is_err_and(|error| {
+            let detail = error.detail().expect("from the server");
+            let beyond = (i128::from(i64::MAX) * 2).to_string();
+            error.reason() == Some("COUNTER_OVERFLOW")
+                && detail.metadata["key"] == "page"
+                && detail.metadata["sum"] == beyond
+        })
+    })
+    .await;
+    let mut kv = KvServiceClient::new(channel(&cluster.members[0]).await);
+    let counter = |result: &proto::KeyResult| {
+        let value = result.versions[0].value.as_ref().expect("a value");
+        (value.kind.clone(), value.saturated)
+    };
+    let sum = |sum| Some(proto::value::Kind::Counter(sum));
+    let expected = [(sum(1), false), (sum(i64::MAX), true)];
+    let keys = vec!["a".into(), "page".into()];
+    let batch = proto::BatchGetRequest { namespace: "hits".into(), keys, ..Default::default() };
+    let batch = kv.batch_get(batch).await.expect("read").into_inner().results;
+    assert_eq!(batch.iter().map(counter).collect::<Vec<_>>(), expected);
+    let scan = proto::ScanRequest { namespace: "hits".into(), ..Default::default() };
+    let mut pages = kv.scan(scan).await.expect("scanned").into_inner();
+    let page = pages.message().await.expect("a page").expect("the first");
+    assert_eq!(page.results.iter().map(counter).collect::<Vec<_>>(), expected);
+
+    let get = |path: &[&str]| proto::GetRequest {
+        namespace: "profiles".into(),
+        key: "ada".into(),
+        field_path: path.iter().map(|&name| name.to_owned()).collect(),
+        ..Default::default()
+    };
+    wait_until("us refuses the field alone, too", async || {
+        let got = kv.clone().get(get(&["visits"])).await;
+        got.is_err_and(|status| Reason::of(&status) == Some(Reason::CounterOverflow))
+    })
+    .await;
+    let whole = kv.get(get(&[])).await.expect("read").into_inner();
+    let Some(proto::value::Kind::Map(map)) = whole.versions[0].value.clone().and_then(|it| it.kind)
+    else {
+        panic!("{whole:?}");
+    };
+    assert!(map.fields[0].value.as_ref().is_some_and(|visits| visits.saturated));
+    us.namespace("hits").add("page", -i64::MAX).await.expect("brought back");
+    assert_eq!(count(&us, "page").await, i64::MAX);
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_sees_a_commit_of_typed_values_whole() {
+    let cluster = Cluster::start(&[("us", 1)], 2).await;
+    let us = cluster.client("us").await;
+    create(&us, "hits", proto::Rule::Counter).await;
+    let hits = us.namespace("hits");
+    let keys = ["{page}a", "{page}b", "{page}c", "{page}d"];
+    let writes = async {
+        for _ in 0..300 {
+            let commit = hits.commit();
+            let add = |commit: Commit, key| commit.mutate(key, Operations::new().add(1));
+            keys.into_iter().fold(commit, add).await.expect("committed");
+        }
+    };
+    let reads = async {
+        let mut last = 0;
+        while last < 300 {
+            let batch = hits.batch_get(keys).await.expect("read");
+            let sum = |got: &Got| got.typed().and_then(Value::as_counter).unwrap_or_default();
+            let sums: Vec<i64> = batch.iter().map(sum).collect();
+            assert!(sums.iter().all(|sum| *sum == sums[0]), "{sums:?}");
+            last = sums[0];
+        }
+    };
+    tokio::join!(writes, reads);
     cluster.stop().await;
 }
 

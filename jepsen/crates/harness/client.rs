@@ -272,7 +272,7 @@ impl Client {
 }
 
 fn data(value: Bytes) -> v1::Value {
-    v1::Value { kind: Some(v1::value::Kind::Data(value)) }
+    v1::Value { kind: Some(v1::value::Kind::Data(value)), ..Default::default() }
 }
 
 /// One call, with a deadline on both sides.

@@ -172,7 +172,7 @@ fn version(topology: &Topology, written: &Sibling) -> Option<pb::Version> {
     };
     Some(pb::Version {
         dot: Some(encode_dot(written.dot)),
-        value: Some(pb::Value { kind: Some(kind) }),
+        value: Some(pb::Value { kind: Some(kind), ..Default::default() }),
         origin_region: topology.region_name(written.dot.actor.region),
         write_time: Some(timestamp(written.time)),
         hybrid_time: written.time.to_bits(),

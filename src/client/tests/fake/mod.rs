@@ -220,7 +220,10 @@ impl State {
             Some(data) => {
                 let version = v1::Version {
                     dot: Some(dot),
-                    value: Some(v1::Value { kind: Some(v1::value::Kind::Data(data)) }),
+                    value: Some(v1::Value {
+                        kind: Some(v1::value::Kind::Data(data)),
+                        ..Default::default()
+                    }),
                     origin_region: "us".into(),
                     write_time: Some(prost_types::Timestamp {
                         seconds: 1_700_000_000 + seq as i64,
@@ -689,7 +692,10 @@ impl ClusterService for Node {
 
 /// One value of a region that nobody else has, as in all of the fake's conflicts.
 fn version(region: u32, seq: u64, value: Option<&'static str>) -> v1::Version {
-    let data = |text: &'static str| v1::Value { kind: Some(v1::value::Kind::Data(text.into())) };
+    let data = |text: &'static str| v1::Value {
+        kind: Some(v1::value::Kind::Data(text.into())),
+        ..Default::default()
+    };
     let origin_region = if region == 1 { "us" } else { "eu" }.to_owned();
     let ms = 1_700_000_000_000 + seq * 1000;
     v1::Version {

@@ -42,7 +42,10 @@ fn time(seq: u64) -> u64 {
 pub(crate) fn version(value: &'static str, seq: u64) -> v1::Version {
     v1::Version {
         dot: Some(dot(seq)),
-        value: Some(v1::Value { kind: Some(v1::value::Kind::Data(value.into())) }),
+        value: Some(v1::Value {
+            kind: Some(v1::value::Kind::Data(value.into())),
+            ..Default::default()
+        }),
         origin_region: "us".into(),
         write_time: None,
         hybrid_time: time(seq),
