@@ -285,13 +285,11 @@ pub struct Picked {
     pub deltas: Vec<Delta>,
 }
 
-/// What a feed gives at a time, in this order.
+/// What a feed gives at a time, in this order, beside changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Step {
     /// What was given before no longer counts. Then this is all.
     pub lost: Option<Lost>,
-    /// Changes, causes before effects.
-    pub changes: Vec<Picked>,
     /// Records of the snapshot.
     pub records: Vec<(Bytes, Record)>,
     /// The snapshot is complete.
@@ -321,15 +319,17 @@ impl Feed {
         &self.cursor
     }
 
-    /// Gives what comes next: no more after `bytes_max`, or a page.
+    /// Gives what comes next: no more after `bytes_max`, or a page. `give` takes the changes, causes before
+    /// effects, and answers how many bytes it adds to the size of each.
     ///
     /// # Errors
-    /// If the source cannot be read; nothing was given then.
+    /// If the source cannot be read, or `give` fails; then the feed is of no use any more.
     pub fn step<S: Source>(
         &mut self,
         source: &S,
         filter: &Filter,
         bytes_max: usize,
+        give: impl FnMut(Picked) -> Result<usize, S::Error>,
     ) -> Result<Step, S::Error> {
         let standing = source.standing();
         if let Some(lost) = self.cursor.lost(&standing, filter) {
@@ -344,10 +344,10 @@ impl Feed {
             None => standing.frontier,
         };
         let before = self.cursor.given.clone();
-        let Some(changes) = self.take(source, filter, &upto, bytes_max)? else {
+        if !self.take(source, filter, &upto, bytes_max, give)? {
             return Ok(self.begin_anew(Lost::Trimmed));
-        };
-        let mut step = Step { changes, ..Step::default() };
+        }
+        let mut step = Step::default();
         let is_behind = !self.cursor.has_all_of(&upto, filter);
         match self.page.take_if(|_| !is_behind) {
             Some(page) => self.give_page(*page, filter, &mut step),
@@ -398,28 +398,28 @@ impl Feed {
         step.moved = true;
     }
 
-    /// Takes changes that `upto` covers, as many as may come next; `None` if the log no longer has
-    /// them.
+    /// Gives changes that `upto` covers, as many as may come next, and whether the log still has them.
     fn take<S: Source>(
         &mut self,
         source: &S,
         filter: &Filter,
         upto: &VersionVector,
         bytes_max: usize,
-    ) -> Result<Option<Vec<Picked>>, S::Error> {
+        mut give: impl FnMut(Picked) -> Result<usize, S::Error>,
+    ) -> Result<bool, S::Error> {
         let cursor = &mut self.cursor;
         if cursor.progress == Progress::Start {
-            return Ok(Some(Vec::new()));
+            return Ok(true);
         }
         let unwanted = upto.iter().filter(|(actor, _)| !filter.origins.takes(actor.region));
         unwanted.for_each(|(actor, seq)| cursor.given.advance(actor, seq));
         let mut waiting = Vec::new();
         for (actor, from) in cursor.behind(upto) {
-            let Some(changes) = source.changes(actor, from, bytes_max)? else { return Ok(None) };
+            let Some(changes) = source.changes(actor, from, bytes_max)? else { return Ok(false) };
             let is_before = |(change, _): &(Change, usize)| upto.covers(change.last());
             waiting.push(changes.into_iter().take_while(is_before).collect::<VecDeque<_>>());
         }
-        let (mut picked, mut bytes) = (Vec::new(), 0);
+        let mut bytes = 0;
         while bytes < bytes_max {
             let ready = |changes: &mut VecDeque<(Change, usize)>| {
                 changes.pop_front_if(|(change, _)| cursor.is_ready(change, filter))
@@ -427,9 +427,11 @@ impl Feed {
             let Some((change, size)) = waiting.iter_mut().find_map(ready) else { break };
             bytes += size;
             cursor.given.add(change.last());
-            picked.extend(cursor.pick(change, filter));
+            if let Some(picked) = cursor.pick(change, filter) {
+                bytes += give(picked)?;
+            }
         }
-        Ok(Some(picked))
+        Ok(true)
     }
 }
 

@@ -9,16 +9,18 @@
 
 use bytes::Bytes;
 use tombolo_core::{
-    Actor, Change, Dot, MemberState, NamespaceId, Record, VersionVector,
-    feed::{Conflict, Feed, Filter, Lost, Page, Picked, Source, Standing, conflict_of, is_current},
+    Actor, Change, Dot, MemberState, NamespaceId, Record,
+    feed::{
+        Conflict, Feed, Filter, Lost, Page, Picked, Source, Standing, Step, conflict_of, is_current,
+    },
     record::{Content, Delta, Sibling},
 };
 use tombolo_storage::{ShardStore, StorageError};
 
 use crate::{error::ShardError, shard::Shard};
 
-/// Bytes of the change log that one call gives; a single change may be larger. Little, because every
-/// watcher that is slow holds as much.
+/// Bytes of the change log, and of what its writes replaced, that one call gives; a single change may be
+/// larger. Little, because every watcher that is slow holds as much.
 const BATCH_BYTES_MAX: usize = 64 << 10;
 /// Keys and bytes of one page of a snapshot; a single record may be larger.
 const PAGE_KEYS_MAX: usize = 512;
@@ -31,7 +33,8 @@ pub struct FeedRequest {
     pub namespace: NamespaceId,
     /// What of it.
     pub filter: Filter,
-    /// Whether it wants to know what each write replaced, and how many bytes of that at most.
+    /// Whether it wants to know what each write replaced, and how many bytes of that at most, for an atomic
+    /// batch.
     pub previous_bytes_max: Option<usize>,
 }
 
@@ -149,64 +152,89 @@ impl Shard {
 
     fn give(&self, feed: &mut Feed, request: &FeedRequest) -> Result<FeedBatch, ShardError> {
         let source = Replica { store: self.store(), namespace: request.namespace };
-        let step = feed.step(&source, &request.filter, BATCH_BYTES_MAX)?;
-        let mut batch = FeedBatch {
-            lost: step.lost,
-            records: step.records,
-            is_done: step.is_done,
-            moved: step.moved,
-            waits: step.waits,
-            ..FeedBatch::default()
-        };
-        for picked in step.changes {
-            let Picked { first, size, seen, deltas } = picked;
-            for delta in deltas {
-                let event = self.event_of(request, delta, &seen)?;
-                batch.events.push(Event { group_first_seq: first.seq, group_size: size, ..event });
-            }
-        }
+        let mut events = Vec::new();
+        let step = feed.step(&source, &request.filter, BATCH_BYTES_MAX, |picked| {
+            source.events_of(picked, request.previous_bytes_max, &mut events)
+        })?;
         // Looked at last: the region may have started over while this was read.
         self.check_takes_part()?;
-        Ok(batch)
+        let Step { lost, records, is_done, moved, waits } = step;
+        Ok(FeedBatch { lost, events, records, is_done, moved, waits })
     }
+}
 
-    /// What there is to say of one write, apart from the batch that it belongs to.
-    fn event_of(
+impl Replica<'_> {
+    /// Adds the events of a change, and answers how many bytes there are of what they replaced. That is
+    /// bounded for the change, which is given as a whole; the feed bounds what comes after it.
+    fn events_of(
         &self,
-        request: &FeedRequest,
-        delta: Delta,
-        seen: &VersionVector,
-    ) -> Result<Event, ShardError> {
-        let record = self.store().record(request.namespace, &delta.key)?;
-        let ledger = |id| self.store().ledger_entry(request.namespace, id);
-        let conflict = conflict_of(request.namespace, &delta, seen, record.as_ref(), ledger)?;
-        let is_current = is_current(&delta.sibling, record.as_ref());
-        let previous = self.previous_of(request, &delta)?;
-        let (group_first_seq, group_size) = (0, 0);
-        Ok(Event { delta, group_first_seq, group_size, previous, conflict, is_current })
-    }
-
-    fn previous_of(
-        &self,
-        request: &FeedRequest,
-        delta: &Delta,
-    ) -> Result<Vec<(Dot, Previous)>, ShardError> {
-        let Some(bytes_max) = request.previous_bytes_max else { return Ok(Vec::new()) };
-        let mut left = bytes_max.saturating_sub(bytes_of(&delta.sibling.content));
-        let mut previous = Vec::with_capacity(delta.supersedes.len());
-        for &dot in &delta.supersedes {
-            let found = match self.store().logged_write(request.namespace, dot)? {
-                None => Previous::Unknown,
-                Some(replaced) if left < bytes_of(&replaced.sibling.content) => Previous::TooLarge,
-                Some(replaced) => {
-                    left -= bytes_of(&replaced.sibling.content);
-                    Previous::Known(replaced.sibling)
+        Picked { first, size, seen, deltas }: Picked,
+        previous_bytes_max: Option<usize>,
+        events: &mut Vec<Event>,
+    ) -> Result<usize, StorageError> {
+        let mut added = 0;
+        for delta in deltas {
+            let record = self.store.record(self.namespace, &delta.key)?;
+            let ledger = |id| self.store.ledger_entry(self.namespace, id);
+            let conflict = conflict_of(self.namespace, &delta, &seen, record.as_ref(), ledger)?;
+            let is_current = is_current(&delta.sibling, record.as_ref());
+            let previous = match previous_bytes_max {
+                None => Vec::new(),
+                Some(bytes_max) => {
+                    // It has to fit a response together with the event.
+                    let room = bytes_max.saturating_sub(bytes_of(&delta.sibling.content));
+                    self.previous_of(&delta, room.min(bytes_max.saturating_sub(added)))?
                 }
             };
+            added += previous.iter().map(|(_, it)| it.bytes()).sum::<usize>();
+            let (group_first_seq, group_size) = (first.seq, size);
+            events.push(Event {
+                delta,
+                group_first_seq,
+                group_size,
+                previous,
+                conflict,
+                is_current,
+            });
+        }
+        Ok(added)
+    }
+
+    /// What a write replaced, as far as there is room for it.
+    fn previous_of(
+        &self,
+        delta: &Delta,
+        mut room: usize,
+    ) -> Result<Vec<(Dot, Previous)>, StorageError> {
+        let mut previous = Vec::with_capacity(delta.supersedes.len());
+        for &dot in &delta.supersedes {
+            let found = match self.store.logged_write(self.namespace, dot)? {
+                None => Previous::Unknown,
+                Some(replaced) if room < bytes_of(&replaced.sibling.content) => Previous::TooLarge,
+                Some(replaced) => Previous::Known(apart(replaced.sibling)),
+            };
+            room -= found.bytes();
             previous.push((dot, found));
         }
         Ok(previous)
     }
+}
+
+impl Previous {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Known(replaced) => bytes_of(&replaced.content),
+            Self::Unknown | Self::TooLarge => 0,
+        }
+    }
+}
+
+/// A write without the rest of its change, which its bytes would keep in memory.
+fn apart(mut written: Sibling) -> Sibling {
+    if let Content::Value { data, .. } = &mut written.content {
+        *data = Bytes::copy_from_slice(data);
+    }
+    written
 }
 
 const fn bytes_of(content: &Content) -> usize {

@@ -242,9 +242,19 @@ impl Watcher {
         }
     }
 
+    /// Takes one step: what it gives, and the changes.
+    fn step(&mut self, region: &MemoryState, bytes: usize) -> (Step, Vec<Picked>) {
+        let mut changes = Vec::new();
+        let Ok(step) = self.feed.step(region, &self.filter, bytes, |picked| {
+            changes.push(picked);
+            Ok(0)
+        });
+        (step, changes)
+    }
+
     /// Takes one step, and goes on from what a token carries. Answers whether there may be more.
     fn watch(&mut self, region: &MemoryState, bytes: usize) -> bool {
-        let Ok(step) = self.feed.step(region, &self.filter, bytes);
+        let (step, changes) = self.step(region, bytes);
         if step.lost.is_some() {
             self.resets += 1;
             self.held.clear();
@@ -253,7 +263,7 @@ impl Watcher {
             self.past.clear();
             self.earlier.clear();
         }
-        for change in step.changes {
+        for change in changes {
             assert!(change.deltas.len() <= change.size);
             for delta in &change.deltas {
                 let record = region.records.get(&(NS, delta.key.clone()));
@@ -474,8 +484,8 @@ fn a_region_that_lacks_what_a_token_covers_waits_unless_it_may_never_come() {
     world.write(1, &[(1, Some(2))]);
     let mut watcher = Watcher::new(Rule::Lww, Cursor::live(VersionVector::new()));
     watcher.drain(&world.regions[0]);
-    let Ok(step) = watcher.feed.step(&world.regions[1], &watcher.filter, 100);
-    assert!(step.waits && step.lost.is_none() && step.changes.is_empty());
+    let (step, changes) = watcher.step(&world.regions[1], 100);
+    assert!(step.waits && step.lost.is_none() && changes.is_empty());
     // Whoever does not want what it lacks need not wait.
     let mut other = Watcher::new(Rule::Lww, watcher.feed.cursor().clone());
     other.filter.origins = Origins::AllBut(BTreeSet::from([actor(0).region]));
@@ -484,8 +494,27 @@ fn a_region_that_lacks_what_a_token_covers_waits_unless_it_may_never_come() {
 
     let fenced = Member { incarnation: 1, state: MemberState::Fenced };
     world.regions[1].members.learn(actor(0).region, fenced);
-    let Ok(step) = watcher.feed.step(&world.regions[1], &watcher.filter, 100);
+    let (step, _) = watcher.step(&world.regions[1], 100);
     assert_eq!(step.lost, Some(Lost::StartedOver));
+}
+
+#[test]
+fn a_step_ends_when_what_it_gives_is_enough_and_the_next_goes_on_there() {
+    let mut world = World::new(Rule::Lww);
+    for number in 0..5 {
+        world.write(0, &[(number, Some(1))]);
+    }
+    let mut feed = Feed::new(Cursor::live(VersionVector::new()));
+    // Each change has ten bytes of its own.
+    for (more, expected) in [(0, 3), (25, 1), (15, 1)] {
+        let mut given = 0;
+        let Ok(_) = feed.step(&world.regions[0], &Filter::default(), 25, |_| {
+            given += 1;
+            Ok(more)
+        });
+        assert_eq!(given, expected, "{more} bytes more each");
+    }
+    assert_eq!(feed.cursor().given.get(actor(0)), 5);
 }
 
 #[test]
@@ -497,7 +526,7 @@ fn a_snapshot_waits_while_records_are_ahead_of_the_frontier() {
     world.trim(0);
     world.repair(0, 1, false);
     let mut watcher = Watcher::new(Rule::Lww, Cursor::snapshot());
-    let Ok(step) = watcher.feed.step(&world.regions[1], &watcher.filter, 100);
+    let (step, _) = watcher.step(&world.regions[1], 100);
     assert!(step.waits && step.records.is_empty());
     world.repair(0, 1, true);
     watcher.drain(&world.regions[1]);
