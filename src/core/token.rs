@@ -43,7 +43,7 @@ pub const SECRET_BYTES_MIN: usize = 16;
 const CONTEXT: u8 = 0x12;
 const SESSION: u8 = 0x22;
 const SESSION_BAG: u8 = 0x23;
-const PAGE: u8 = 0x32;
+const PAGE: u8 = 0x33;
 const SEAL_BYTES: usize = 8;
 
 /// What tokens of a cluster are sealed with: the same in all its regions.
@@ -152,6 +152,11 @@ impl SessionToken {
         self.entries.iter().map(|(&(namespace, shard), seen)| (namespace, shard, seen))
     }
 
+    /// Forgets what was seen of some namespaces.
+    pub fn forget(&mut self, is_gone: impl Fn(NamespaceId) -> bool) {
+        self.entries.retain(|&(namespace, _), _| !is_gone(namespace));
+    }
+
     /// Whether nothing was seen.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
@@ -164,7 +169,8 @@ impl SessionToken {
         })
     }
 
-    /// The token's bytes. Empty if nothing was seen.
+    /// The token's bytes. Empty if nothing was seen. More than [`SESSION_TOKEN_BYTES_MAX`] are refused when
+    /// they come back: what was seen is not left out in silence.
     pub fn encode(&self, key: &TokenKey) -> Bytes {
         if self.entries.is_empty() {
             return Bytes::new();
@@ -188,11 +194,12 @@ impl SessionToken {
     pub fn decode(key: &TokenKey, token: &Bytes) -> Result<Self, DecodeError> {
         let mut joined = Self::default();
         for token in unpack(token)? {
-            let (tag, seen) = parse(&token)?;
+            let tag = unsealed(&token)?.fixed32()?;
             if tag != key.tag {
                 return Err(another_cluster(tag));
             }
-            open(key, TOKEN, &token, SESSION, SESSION_TOKEN_BYTES_MAX, &[])?;
+            let opened = open(key, TOKEN, &token, SESSION, SESSION_TOKEN_BYTES_MAX, &[])?;
+            let (_, seen) = read_session(opened)?;
             joined.join(&seen);
         }
         Ok(joined)
@@ -232,10 +239,14 @@ const fn too_many(count: usize) -> DecodeError {
     DecodeError::TooLarge { what: "tokens in a session token", actual, limit }
 }
 
-/// What a sealed token says, its seal left aside, and of which cluster it is.
-fn parse(token: &Bytes) -> Result<(u32, SessionToken), DecodeError> {
+/// A reader of what is in a session token, its seal left aside.
+fn unsealed(token: &Bytes) -> Result<Reader, DecodeError> {
     let body = body_of(TOKEN, token, SESSION, SESSION_TOKEN_BYTES_MAX)?;
-    let mut reader = Reader::new(TOKEN, body.slice(1..));
+    Ok(Reader::new(TOKEN, body.slice(1..)))
+}
+
+/// Of which cluster a session token is, and what it says.
+fn read_session(mut reader: Reader) -> Result<(u32, SessionToken), DecodeError> {
     let tag = reader.fixed32()?;
     let count = reader.count(3)?;
     let mut entries = BTreeMap::new();
@@ -265,7 +276,7 @@ pub fn merge(tokens: &[&[u8]]) -> Result<Bytes, DecodeError> {
     let mut cluster = None;
     for token in tokens {
         for token in unpack(&Bytes::copy_from_slice(token))? {
-            let (tag, seen) = parse(&token)?;
+            let (tag, seen) = read_session(unsealed(&token)?)?;
             if *cluster.get_or_insert(tag) != tag {
                 return Err(another_cluster(tag));
             }
@@ -304,20 +315,20 @@ pub fn merge(tokens: &[&[u8]]) -> Result<Bytes, DecodeError> {
 pub fn encode_page(key: &TokenKey, request: u32, next: &[u8]) -> Bytes {
     let mut writer = Writer::default();
     writer.u8(PAGE);
+    writer.fixed32(request);
     writer.bytes(next);
-    seal(key, writer, &[&request.to_le_bytes()])
+    seal(key, writer, &[])
 }
 
-/// Reads what [`encode_page`] wrote for the same request.
+/// Reads what [`encode_page`] wrote: the hash of the request that it belongs to, and where that goes on.
 ///
 /// # Errors
-/// If it is damaged or of another request or cluster.
-pub fn decode_page(key: &TokenKey, request: u32, token: &Bytes) -> Result<Bytes, DecodeError> {
-    let place: [&[u8]; 1] = [&request.to_le_bytes()];
-    let mut reader = open(key, "page token", token, PAGE, CONTEXT_BYTES_MAX, &place)?;
-    let next = reader.bytes()?;
+/// If it is damaged or of another cluster.
+pub fn decode_page(key: &TokenKey, token: &Bytes) -> Result<(u32, Bytes), DecodeError> {
+    let mut reader = open(key, "page token", token, PAGE, CONTEXT_BYTES_MAX, &[])?;
+    let page = (reader.fixed32()?, reader.bytes()?);
     reader.finish()?;
-    Ok(next)
+    Ok(page)
 }
 
 /// Ends a token, whose first byte is its kind, with a seal. `place` is what it belongs to.
@@ -489,16 +500,16 @@ mod tests {
             for noise in [Bytes::from(noise.clone()), [&[kind], &noise[..]].concat().into()] {
                 let _ = SessionToken::decode(&key(), &noise);
                 let _ = decode_context(&key(), NS, b"key", &noise);
-                let _ = decode_page(&key(), 1, &noise);
+                let _ = decode_page(&key(), &noise);
                 let _ = merge(&[&noise, &noise]);
             }
         }
 
         #[test]
-        fn page_token_reads_back_for_its_own_request_only(next in prop::collection::vec(any::<u8>(), 0..64)) {
-            let token = encode_page(&key(), 7, &next);
-            prop_assert_eq!(decode_page(&key(), 7, &token), Ok(Bytes::from(next)));
-            prop_assert!(decode_page(&key(), 8, &token).is_err());
+        fn page_token_reads_back_and_says_of_which_request_it_is(request in any::<u32>(), next in prop::collection::vec(any::<u8>(), 0..64)) {
+            let token = encode_page(&key(), request, &next);
+            prop_assert!(decode_page(&TokenKey::without_secret("prod"), &token).is_err());
+            prop_assert_eq!(decode_page(&key(), &token), Ok((request, Bytes::from(next))));
         }
     }
 
@@ -520,6 +531,24 @@ mod tests {
         let guessed = session(0, &seen_by(1, 3)).encode(&TokenKey::new("prod", b"another secret"));
         let opened = SessionToken::decode(&key(), &guessed);
         assert_eq!(opened, Err(DecodeError::Seal { what: TOKEN }));
+    }
+
+    #[test]
+    fn a_session_token_is_not_read_before_its_seal_was_checked() {
+        let mut writer = Writer::default();
+        writer.u8(SESSION);
+        writer.fixed32(key().tag);
+        writer.raw(&[u8::MAX; 100]);
+        let forged = seal(&TokenKey::without_secret("prod"), writer, &[]);
+        assert_eq!(SessionToken::decode(&key(), &forged), Err(DecodeError::Seal { what: TOKEN }));
+    }
+
+    #[test]
+    fn what_was_seen_of_a_namespace_can_be_forgotten() {
+        let mut token = session(0, &seen_by(1, 3));
+        token.observe(NamespaceId(10), ShardId(0), &seen_by(1, 4));
+        token.forget(|namespace| namespace == NamespaceId(10));
+        assert_eq!(token, session(0, &seen_by(1, 3)));
     }
 
     #[test]

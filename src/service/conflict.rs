@@ -25,7 +25,7 @@ use tombolo_core::{
     ledger::{Cause, LedgerEntry, LedgerHead, LedgerId, Noted},
     namespace::Namespace,
     record::Sibling,
-    token::{SessionToken, TokenKey, decode_context, decode_page, encode_page},
+    token::{SessionToken, TokenKey, decode_context, encode_page},
 };
 use tombolo_proto::v1::{
     self as pb,
@@ -39,7 +39,7 @@ use tombolo_shard::{
 use tonic::{Request, Response, Status};
 
 use crate::{
-    convert::{decode_dot, decode_request_id, encode_dot, encode_revision, timestamp},
+    convert::{decode_dot, decode_request_id, encode_dot, encode_revision, open_page, timestamp},
     gateway::{Call, Gateway, request as with_metadata},
     namespace::encode_rule,
     reason::Reason,
@@ -330,13 +330,12 @@ impl ConflictApi {
             return Err(Reason::RequestIdInvalid
                 .status("the request id was used for a commit without writes", &[]));
         };
-        let cluster = self.gateway.cluster();
         let mut session = SessionToken::default();
         session.observe(namespace.id, shard.id(), &context);
         Ok(Settled {
             dot: encode_dot(dot),
             context: self.gateway.scope(namespace.id).seal_context(key, &context),
-            session_token: session.encode(cluster),
+            session_token: self.gateway.session_token(session),
             time,
             revision: reply.revision,
         })
@@ -450,8 +449,7 @@ fn encode_cause(cause: Cause) -> pb::ConflictCause {
 fn decode_token(key: &TokenKey, hash: u32, token: &str) -> Result<Bytes, Status> {
     let invalid = || Reason::PageTokenInvalid.status("the page token is not of this list", &[]);
     let sealed = hex::decode(token).map_err(|_| invalid())?;
-    decode_page(key, hash, &sealed.into())
-        .map_err(|error| of_token_error(Reason::PageTokenInvalid, &error))
+    open_page(key, hash, &sealed.into())
 }
 
 fn encode_token(key: &TokenKey, hash: u32, place: &[u8]) -> String {
@@ -892,10 +890,14 @@ mod tests {
         let hash = hash_of(&[b"a", b"bc"]);
         let token = encode_token(&key, hash, b"place");
         assert_eq!(decode_token(&key, hash, &token).unwrap(), &b"place"[..]);
-        for (hash, token) in [(hash_of(&[b"ab", b"c"]), token.as_str()), (hash, "zz"), (hash, "00")]
-        {
+        let (other, invalid) = (hash_of(&[b"ab", b"c"]), Reason::PageTokenInvalid);
+        for (hash, token, reason) in [
+            (other, token.as_str(), Reason::PageTokenMismatch),
+            (hash, "zz", invalid),
+            (hash, "00", invalid),
+        ] {
             let status = decode_token(&key, hash, token).unwrap_err();
-            assert_eq!(Reason::of(&status), Some(Reason::PageTokenInvalid));
+            assert_eq!(Reason::of(&status), Some(reason));
         }
         let open = (HybridTime::from_bits(7), Bytes::from_static(b"k"));
         assert_eq!(decode_open(&encode_open(&open).into()), Some(open));

@@ -10,7 +10,7 @@ use tombolo_core::{
     command::{Check, Condition, Operation},
     key::check_key,
     namespace::Namespace,
-    token::{TokenKey, decode_context, encode_context},
+    token::{TokenKey, decode_context, decode_page, encode_context},
 };
 use tombolo_proto::v1 as pb;
 use tombolo_shard::Revision;
@@ -179,6 +179,18 @@ impl Scope<'_> {
         }
         let settle_time = settles.map(timestamp);
         pb::KeyResult { key, versions, context, partial: false, settle_time }
+    }
+}
+
+/// Where a page token goes on, if it belongs to the request with this hash.
+pub(crate) fn open_page(key: &TokenKey, request: u32, token: &Bytes) -> Result<Bytes, Status> {
+    match decode_page(key, token) {
+        Ok((of, next)) if of == request => Ok(next),
+        Ok(_) => {
+            let text = "the page token belongs to a request with other parameters";
+            Err(Reason::PageTokenMismatch.status(text, &[]))
+        }
+        Err(error) => Err(of_token_error(Reason::PageTokenInvalid, &error)),
     }
 }
 

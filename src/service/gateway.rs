@@ -6,10 +6,11 @@
 
 use std::{error::Error, future::Future, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use tokio::time::Instant;
 use tombolo_cluster::Topology;
 use tombolo_core::{
-    NamespaceId, NodeId,
+    DecodeError, NamespaceId, NodeId,
     namespace::Namespace,
     token::{SessionToken, TokenKey},
 };
@@ -111,9 +112,33 @@ impl Gateway {
     }
 
     /// Reads a session token.
-    pub(crate) fn session(&self, token: &bytes::Bytes) -> Result<SessionToken, Status> {
-        SessionToken::decode(self.cluster(), token)
-            .map_err(|error| of_token_error(Reason::SessionTokenInvalid, &error))
+    pub(crate) fn session(&self, token: &Bytes) -> Result<SessionToken, Status> {
+        SessionToken::decode(self.cluster(), token).map_err(|error| match error {
+            DecodeError::TooLarge { actual, limit, .. } => Reason::SessionTokenTooLarge.status(
+                format!("the session token has {actual} bytes or parts; at most {limit} are taken"),
+                &[("max", limit.to_string())],
+            ),
+            error => of_token_error(Reason::SessionTokenInvalid, &error),
+        })
+    }
+
+    /// The token of a session, without what it has seen of namespaces that are deleted: nobody can ask for
+    /// that any more.
+    ///
+    /// Numbers of namespaces count up, and the catalog's changes come in causal order. So a number below one
+    /// that is known here, and not known itself, is of a namespace that came and went. Two things are kept,
+    /// because they may be news: higher numbers, and all of them while the catalog is being repaired, which
+    /// brings its records in no order.
+    pub(crate) fn session_token(&self, mut session: SessionToken) -> Bytes {
+        let catalog = self.shards.catalog().current();
+        let is_unknown = |id| NamespaceId::FIRST_ASSIGNED <= id && catalog.with_id(id).is_none();
+        if session.iter().any(|(id, ..)| is_unknown(id)) {
+            let store = self.shards.catalog_shard().store();
+            let known = catalog.iter().map(|namespace| namespace.id);
+            let newest = known.max().filter(|_| store.standing(NamespaceId::CATALOG).is_exact);
+            session.forget(|id| is_unknown(id) && newest.is_some_and(|newest| id < newest));
+        }
+        session.encode(self.cluster())
     }
 
     /// The namespace with this name. Asks the catalog's shard before saying that there is none.

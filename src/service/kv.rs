@@ -229,7 +229,7 @@ impl KvApi {
         seen: &VersionVector,
     ) -> Bytes {
         session.observe(namespace.id, shard, seen);
-        session.encode(self.gateway.cluster())
+        self.gateway.session_token(session)
     }
 
     /// A prepared write of one key.
@@ -672,7 +672,7 @@ impl KvService for KvApi {
                 results[place] = within_reply(result, &mut bytes)?;
             }
         }
-        let session_token = session.encode(self.gateway.cluster());
+        let session_token = self.gateway.session_token(session);
         Ok(Response::new(pb::BatchGetResponse { results, session_token }))
     }
 

@@ -117,6 +117,9 @@ reasons! {
     SessionTokenInvalid "SESSION_TOKEN_INVALID" InvalidArgument Never 0
         "The session token was not made by this cluster, or it was changed."
         "Send the token exactly as the last reply returned it, or start a new session."
+    SessionTokenTooLarge "SESSION_TOKEN_TOO_LARGE" InvalidArgument Never 0
+        "The session token is longer, or made of more parts, than the limit in metadata `max`."
+        "Start a new session; use one for each namespace, since a token grows with all that it has seen."
     PageTokenInvalid "PAGE_TOKEN_INVALID" InvalidArgument Never 0
         "The page token was not made by this cluster, or it was changed."
         "Start from the first page."

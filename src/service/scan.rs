@@ -18,7 +18,7 @@ use tombolo_core::{
     element::{self, Element},
     key::KEY_BYTES_MAX,
     namespace::Namespace,
-    token::{SessionToken, TokenKey, decode_page, encode_page},
+    token::{SessionToken, TokenKey, encode_page},
 };
 use tombolo_proto::v1 as pb;
 use tombolo_shard::{Shard, ShardError, end_of_prefix};
@@ -26,9 +26,9 @@ use tombolo_storage::{Pinned, ScanPage, ScanRange, StorageError};
 use tonic::Status;
 
 use crate::{
+    convert::open_page,
     gateway::Gateway,
     reason::Reason,
-    status::of_token_error,
     typed::{ELEMENTS_DEFAULT, Shown},
 };
 
@@ -200,7 +200,7 @@ impl ScanStream {
         for Source { shard, seen, .. } in &self.sources {
             self.session.observe(self.namespace.id, shard.id(), seen);
         }
-        let session_token = self.session.encode(self.gateway.cluster());
+        let session_token = self.gateway.session_token(self.session.clone());
         Ok(pb::ScanResponse { results, page_token, session_token })
     }
 
@@ -367,8 +367,7 @@ fn range_of(
         end = Some(end.map_or(prefix_end.clone(), |end| end.min(prefix_end)));
     }
     if !message.page_token.is_empty() {
-        let next = decode_page(key, request_hash, &message.page_token)
-            .map_err(|error| of_token_error(Reason::PageTokenInvalid, &error))?;
+        let next = open_page(key, request_hash, &message.page_token)?;
         if message.reverse {
             end = Some(end.map_or(next.clone(), |end| end.min(next)));
         } else {
@@ -442,6 +441,9 @@ mod tests {
         let page_token = encode_page(&key(), hash_of(&message), b"ab");
         let other = pb::ScanRequest { prefix: "b".into(), page_token, ..Default::default() };
         let status = range_of(&key(), &other, hash_of(&other)).unwrap_err();
+        assert_eq!(Reason::of(&status), Some(Reason::PageTokenMismatch));
+        let foreign = TokenKey::without_secret("another cluster");
+        let status = range_of(&foreign, &other, hash_of(&other)).unwrap_err();
         assert_eq!(Reason::of(&status), Some(Reason::PageTokenInvalid));
     }
 }

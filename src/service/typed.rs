@@ -12,7 +12,7 @@ use tombolo_core::{
     Content, Dot, HybridTime, Record, Rule, VersionVector,
     command::Written,
     element::{self, Element, Kind, Part},
-    token::{TokenKey, decode_page, encode_page},
+    token::{TokenKey, encode_page},
     typed::{Action, Assembly, Mutation, Refusal, Refused, Value, permits},
 };
 use tombolo_proto::v1 as pb;
@@ -20,10 +20,9 @@ use tombolo_storage::{Pinned, ScanRange, StorageError};
 use tonic::Status;
 
 use crate::{
-    convert::{Scope, encode_dot, timestamp},
+    convert::{Scope, encode_dot, open_page, timestamp},
     reason::Reason,
     scan::after,
-    status::of_token_error,
 };
 
 /// Most operations of one mutation, each element of a set counted.
@@ -352,9 +351,7 @@ fn read_page(seal: &TokenKey, pinned: &Pinned<'_>, asked: &Asked) -> Result<Page
     let under = element::prefix(&asked.key, &asked.path);
     let mut start = Bytes::copy_from_slice(&under);
     if !asked.token.is_empty() {
-        let next = decode_page(seal, asked.request, &asked.token)
-            .map_err(|error| of_token_error(Reason::PageTokenInvalid, &error))?;
-        start = start.max(next);
+        start = start.max(open_page(seal, asked.request, &asked.token)?);
     }
     let end = element::end_of(&under).map(Bytes::from);
     let mut range = ScanRange { start, end, reverse: false };

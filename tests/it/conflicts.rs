@@ -509,21 +509,24 @@ async fn what_cannot_be_shown_or_settled_is_refused_with_its_reason() {
     };
     let token = node.list_conflicts(page.clone()).await.unwrap().into_inner().next_page_token;
     assert!(!token.is_empty());
-    for (bad, code) in [
-        (proto::ListConflictsRequest { page_token: "zz".into(), ..page.clone() }, "PAGE_TOKEN"),
+    for (bad, expected) in [
+        (
+            proto::ListConflictsRequest { page_token: "zz".into(), ..page.clone() },
+            "PAGE_TOKEN_INVALID",
+        ),
         (
             proto::ListConflictsRequest {
                 key_prefix: "k".into(),
                 page_token: token,
                 ..page.clone()
             },
-            "PAGE_TOKEN",
+            "PAGE_TOKEN_MISMATCH",
         ),
-        (proto::ListConflictsRequest { page_size: -1, ..page.clone() }, "REQUEST"),
+        (proto::ListConflictsRequest { page_size: -1, ..page.clone() }, "REQUEST_INVALID"),
     ] {
         let status = node.list_conflicts(bad).await.unwrap_err();
         let found = tombolo_service::reason::Reason::of(&status).unwrap();
-        assert_eq!(found.as_str(), format!("{code}_INVALID"));
+        assert_eq!(found.as_str(), expected);
     }
 
     let number = us.admin().get_namespace("orders").await.unwrap().id;

@@ -19,7 +19,9 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use tombolo_client::{Client, ClientConfig, Consistency, Dot, Error, Keyspace, Session, Version};
+use tombolo_client::{
+    Client, ClientConfig, Consistency, Dot, Error, Keyspace, Session, Version, proto,
+};
 use tombolo_core::{
     Actor, NamespaceId, RegionId, ShardId,
     token::{SessionToken, TokenKey, encode_context},
@@ -415,6 +417,32 @@ async fn tokens_are_sealed_with_the_clusters_key_which_can_be_changed_region_by_
     assert_eq!(refused(error), "SESSION_TOKEN_INVALID");
     let error = in_us.put("k", "3").context(context).await.unwrap_err();
     assert_eq!(refused(error), "CONTEXT_INVALID");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_session_forgets_what_it_saw_of_namespaces_that_are_deleted() {
+    let cluster = Cluster::start(&[("us", 1)], 1).await;
+    let us = cluster.client("us").await;
+    let session = us.session();
+    let mut numbers = Vec::new();
+    for name in ["first", "second", "third"] {
+        numbers.push(us.admin().create_namespace(name, proto::Rule::Lww).await.unwrap().id);
+        us.namespace(name).put("k", "v").session(&session).await.unwrap();
+    }
+    let seen = || {
+        let token = SessionToken::decode(&TokenKey::without_secret("test"), &session.token());
+        token.unwrap().iter().map(|(namespace, ..)| namespace.0).collect::<Vec<_>>()
+    };
+    assert_eq!(seen(), numbers);
+    for name in ["first", "third"] {
+        us.admin().delete_namespace(name, None).await.unwrap();
+    }
+    us.namespace("second").get("k").session(&session).await.unwrap();
+    assert_eq!(seen(), numbers[1..], "nobody can tell the third from one that is yet to come");
+    us.admin().create_namespace("fourth", proto::Rule::Lww).await.unwrap();
+    us.namespace("second").get("k").session(&session).await.unwrap();
+    assert_eq!(seen(), numbers[1..2]);
     cluster.stop().await;
 }
 
