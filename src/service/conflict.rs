@@ -24,7 +24,6 @@ use tombolo_core::{
     element::{self, Element},
     ledger::{Cause, LedgerEntry, LedgerHead, LedgerId, Noted},
     namespace::Namespace,
-    record::Sibling,
     token::{SessionToken, TokenKey, decode_context, encode_page},
 };
 use tombolo_proto::v1::{
@@ -341,10 +340,10 @@ impl ConflictApi {
         })
     }
 
-    /// What a restoration writes: the value as it was, as long as it may be shown.
-    fn restored(&self, loser: &Sibling, settlement: &Settlement) -> Result<Content, Status> {
+    /// A value that is written again as it was, as long as it may be shown.
+    fn unexpired(&self, content: &Content, settlement: &Settlement) -> Result<Content, Status> {
         let now = self.gateway.shards().clock().now();
-        if let Content::Value { expire: Some(at), .. } = &loser.content
+        if let Content::Value { expire: Some(at), .. } = content
             && *at <= now
         {
             // A repeat of a request that was in time gets its answer.
@@ -357,7 +356,7 @@ impl ConflictApi {
                 ));
             }
         }
-        Ok(loser.content.clone())
+        Ok(content.clone())
     }
 
     /// What a resolution writes. Answers on the leader only: what the key holds decides.
@@ -390,7 +389,7 @@ impl ConflictApi {
         let record = shard.record(namespace.id, key).map_err(to_status)?.unwrap_or_default();
         let held = |dot: Dot| record.siblings().iter().find(|held| held.dot == dot);
         if let Some(chosen) = held(dot) {
-            return Ok(chosen.content.clone());
+            return self.unexpired(&chosen.content, settlement);
         }
         // A repeat: what it wrote the first time.
         if let Some(id) = *request
@@ -674,7 +673,7 @@ impl ConflictService for ConflictApi {
                 &settlement.shard,
                 call,
                 || async {
-                    let content = self.restored(&entry.loser, &settlement)?;
+                    let content = self.unexpired(&entry.loser.content, &settlement)?;
                     Ok(self.settle(&settlement, content, call).await?.into())
                 },
                 |channel, metadata| {

@@ -202,8 +202,8 @@ reasons! {
         "The key was written after the caller looked at it; nothing was overwritten."
         "Look at the key again, decide on what it holds now, and send the new context."
     ConflictExpired "CONFLICT_EXPIRED" FailedPrecondition Never 0
-        "The dropped value had a time to live, which has passed."
-        "If it is still wanted, read it from the conflict and put it with a new time to live."
+        "The value that was to be put back or chosen had a time to live, which has passed."
+        "If it is still wanted, put it with a new time to live; the ledger still shows what was dropped."
     NotLeader "NOT_LEADER" Unavailable Anywhere 0
         "This node does not lead the key's shard; metadata `leader` names the node that may."
         "Send the request to that node, or to any node of the region if none is named."

@@ -219,6 +219,36 @@ async fn siblings_wait_in_a_queue_until_somebody_settles_what_they_have_seen() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_value_whose_time_is_over_is_not_chosen() {
+    let cluster = Cluster::start(&REGIONS, 1).await;
+    let (us, eu) = (cluster.client("us").await, cluster.client("eu").await);
+    us.admin().create_namespace("carts", proto::Rule::Siblings).await.unwrap();
+    wait_until("eu knows it", async || eu.namespace("carts").get("k").await.is_ok()).await;
+    let (here, there) = (us.namespace("carts"), eu.namespace("carts"));
+    let nothing = there.get("k").await.unwrap().context;
+    let time = Duration::from_secs(6);
+    let brief = here.put("k", "brief").ttl(time).ack_regions(1).await.unwrap();
+    // The region that wrote it deletes it, and eu does not hear of that.
+    apart([("us", &us), ("eu", &eu)], async || {
+        there.put("k", "kept").context(nothing).await.unwrap();
+        let shown = there.get("k").await.unwrap();
+        assert_eq!(shown.versions.len(), 2);
+        wait_until("its time is over", async || there.get("k").await.unwrap().versions.len() == 1)
+            .await;
+
+        let conflicts = eu.conflicts("carts");
+        let choice = Resolution::Choose(brief.dot);
+        let refused = conflicts.resolve("k", &shown.context, choice).await.unwrap_err();
+        assert_eq!(refused.reason(), Some("CONFLICT_EXPIRED"));
+        assert_eq!(value(&eu, "carts", "k").await, "kept", "nothing is lost");
+        let kept = there.get("k").await.unwrap().versions[0].dot;
+        conflicts.resolve("k", &shown.context, Resolution::Choose(kept)).await.unwrap();
+    })
+    .await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_nobody_settles_in_time_is_settled_once_for_all_regions() {
     let hold = Duration::from_secs(15);
     let cluster = Cluster::start(&REGIONS, 1).await;
