@@ -2,13 +2,14 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use bytes::Bytes;
 use futures::TryStreamExt;
 use tombolo_client::{
     Client, ClientConfig, ConflictFilter, Consistency, Error,
     proto::{self, kv_service_client::KvServiceClient},
 };
 
-use crate::support::{Cluster, PATIENCE, channel, wait_until};
+use crate::support::{Cluster, Member, PATIENCE, channel, wait_until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn any_node_reads_what_any_other_has_acknowledged() {
@@ -255,5 +256,59 @@ async fn a_scan_shows_each_shard_as_it_was_when_it_began() {
     assert!(shown.iter().all(|entry| entry.value().is_some_and(|value| &value[..] == b"before")));
     let now = keys.scan().collect().await.expect("scanned");
     assert_eq!(now.len(), names.len() - names.len() / 10);
+    cluster.stop().await;
+}
+
+/// One reply of a scan that goes on with a page token: its keys, and where it goes on.
+async fn page(member: &Member, page_token: Bytes) -> (Vec<Bytes>, Bytes) {
+    let mut kv = KvServiceClient::new(channel(member).await);
+    let namespace = "default".to_owned();
+    let scan = proto::ScanRequest { namespace, page_token, ..Default::default() };
+    let mut request = tonic::Request::new(scan);
+    request.set_timeout(PATIENCE);
+    let mut replies = kv.scan(request).await.expect("scanned").into_inner();
+    let reply = replies.message().await.expect("a reply").expect("one at least");
+    (reply.results.into_iter().map(|result| result.key).collect(), reply.page_token)
+}
+
+/// A page token says where to go on, and needs nothing that a node remembers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_token_outlives_leaders_and_restarts() {
+    let mut cluster = Cluster::start(&[("us", 3)], 2).await;
+    let client = cluster.client("us").await;
+    let keys = client.namespace("default");
+    // More than three replies hold.
+    let names: Vec<String> = (0..2000).map(|number| format!("key-{number:04}")).collect();
+    for part in names.chunks(500) {
+        let puts = part.iter().map(|name| keys.put(name, "1").into_future());
+        futures::future::try_join_all(puts).await.expect("written");
+    }
+    let (mut shown, token) = page(&cluster.members[0], Bytes::new()).await;
+
+    let leader = client.cluster().await.expect("known").leaders[0].leader_node_id;
+    let led = cluster.members.iter().position(|it| it.config.node_id == leader).expect("a node");
+    cluster.members[led].stop().await;
+    keys.delete("key-1999").await.expect("deleted");
+    keys.put("key-0000-is-passed", "1").await.expect("written");
+    keys.put("key-1998-is-not", "1").await.expect("written");
+    let (more, token) = page(&cluster.members[(led + 1) % 3], token).await;
+    shown.extend(more);
+
+    for member in &mut cluster.members {
+        member.stop().await;
+    }
+    for member in &mut cluster.members {
+        member.start().await;
+    }
+    cluster.wait_ready().await;
+    let mut token = token;
+    while !token.is_empty() {
+        let (more, next) = page(&cluster.members[led], token).await;
+        shown.extend(more);
+        token = next;
+    }
+    let mut expected = names;
+    expected[1999] = "key-1998-is-not".to_owned();
+    assert_eq!(shown, expected, "each key once, in order, as it was when its page was read");
     cluster.stop().await;
 }
