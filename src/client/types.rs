@@ -200,6 +200,9 @@ impl TryFrom<v1::DeleteResponse> for Written {
 pub enum Value {
     /// A counter's sum.
     Counter(i64),
+    /// A counter whose sum has left the range of 64 bits, because regions added to it at the same time: the
+    /// end of the range that it is beyond. Adding towards the range brings it back.
+    Saturated(i64),
     /// A set's elements, in order.
     Set(Vec<Bytes>),
     /// Whether a flag is on.
@@ -215,6 +218,7 @@ impl Value {
     fn from_proto(value: v1::Value) -> Result<Self> {
         use v1::value::Kind;
         Ok(match value.kind {
+            Some(Kind::Counter(end)) if value.saturated => Self::Saturated(end),
             Some(Kind::Counter(sum)) => Self::Counter(sum),
             Some(Kind::Set(set)) => Self::Set(set.elements),
             Some(Kind::Flag(on)) => Self::Flag(on),
@@ -238,7 +242,7 @@ impl Value {
         fields.iter().filter(|(held, _)| held == name).find_map(|(_, value)| value.field(rest))
     }
 
-    /// The sum, if it is a counter.
+    /// The sum, if it is a counter, and the sum is in the range of 64 bits.
     pub fn as_counter(&self) -> Option<i64> {
         if let Self::Counter(sum) = self { Some(*sum) } else { None }
     }
@@ -335,9 +339,13 @@ impl Got {
         self.versions.first().and_then(|version| version.typed.as_ref())
     }
 
-    /// The sum of a counter; 0 if it is absent.
+    /// The sum of a counter; 0 if it is absent. Of one that has left the range of 64 bits, which only a batch
+    /// shows, the end of the range.
     pub fn counter(&self) -> i64 {
-        self.typed().and_then(Value::as_counter).unwrap_or(0)
+        match self.typed() {
+            Some(&Value::Counter(sum) | &Value::Saturated(sum)) => sum,
+            _ => 0,
+        }
     }
 
     /// The elements of a set; none if it is absent.

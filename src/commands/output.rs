@@ -132,6 +132,11 @@ enum ValueJson {
     Set(SetJson),
     Map(MapJson),
     Flag(bool),
+    #[serde(untagged)]
+    Saturated {
+        counter: String,
+        saturated: bool,
+    },
 }
 
 #[derive(Serialize)]
@@ -155,6 +160,7 @@ impl ValueJson {
         match value {
             Value::Data(data) => Self::Data(base64(data)),
             Value::Counter(sum) => Self::Counter(sum.to_string()),
+            Value::Saturated(end) => Self::Saturated { counter: end.to_string(), saturated: true },
             Value::Set(elements) => {
                 Self::Set(SetJson { elements: elements.iter().map(|it| base64(it)).collect() })
             }
@@ -260,6 +266,8 @@ pub(crate) fn show_version(version: &Version) -> String {
 fn typed_text(value: &Value) -> String {
     match value {
         Value::Counter(sum) => sum.to_string(),
+        Value::Saturated(end) if *end < 0 => format!("less than {end}"),
+        Value::Saturated(end) => format!("more than {end}"),
         Value::Flag(true) => "on".to_owned(),
         Value::Flag(false) => "off".to_owned(),
         Value::Data(data) => escape(data),
