@@ -28,7 +28,7 @@ use crate::{
     id::{Actor, Dot, NamespaceId, RegionId, RequestId},
     ledger::{Cause, LedgerEntry, Noted},
     members::{Member, MemberState, Members},
-    record::{Content, Delta, PushedOut, Record, Rule, Sibling},
+    record::{Content, Delta, Dropped, PushedOut, Record, Rule, Sibling},
     repair::{self, DotReused, Sides, Trust},
     request::{Requested, Tags},
     typed::{self, Addition, ELEMENT_BYTES_MAX, ELEMENTS_MAX, Mutated, Mutation, Refusal, Refused},
@@ -506,7 +506,7 @@ impl<'a, S: ShardState> Writing<'a, S> {
         let sibling = Sibling { dot, time, request, content };
         let delta = Delta { key, sibling, supersedes, pushed_out };
         let Place { rule, noted, .. } = self.place;
-        let dropped = record.apply(&delta, &self.frontier, rule);
+        let dropped = apply(&mut record, &delta, &self.frontier, rule);
         let conflict = !dropped.is_empty() || record.versions() > 1;
         let entry = |dropped| LedgerEntry::new(delta.key.clone(), dropped, noted);
         self.ledger.extend(dropped.into_iter().map(entry));
@@ -592,7 +592,7 @@ fn execute_ingest<S: ShardState>(state: &mut S, ingest: &Ingest) -> Result<Outco
         for delta in &change.deltas {
             let mut record = state.record(ingest.namespace, &delta.key)?.unwrap_or_default();
             typed::note_addition(&mut added, &record, delta);
-            let dropped = record.apply(delta, &seen, ingest.rule);
+            let dropped = apply(&mut record, delta, &seen, ingest.rule);
             conflicts.push(!dropped.is_empty() || record.versions() > 1);
             for dropped in dropped {
                 let entry = LedgerEntry::new(delta.key.clone(), dropped, ingest.time);
@@ -756,7 +756,9 @@ fn execute_merge<S: ShardState>(state: &mut S, merge: &Merge) -> Result<Outcome,
         match repair::merge(&mine, offer, sides, merge.rule) {
             Ok((joined, _)) if joined == mine => {}
             Ok((joined, dropped)) => {
-                for dropped in dropped {
+                let known = typed::unseen(merge.rule, &offer.key, &mine);
+                let unseen = typed::unseen(merge.rule, &offer.key, &joined);
+                for dropped in dropped.into_iter().chain(newly_lost(&known, unseen)) {
                     let entry = LedgerEntry::new(offer.key.clone(), dropped, merge.time);
                     state.add_to_ledger(namespace, entry);
                 }
@@ -822,6 +824,20 @@ struct Place {
     rule: Rule,
     /// When what is dropped there is noted.
     noted: HybridTime,
+}
+
+/// Applies a write, and answers what was lost with it.
+fn apply(record: &mut Record, delta: &Delta, seen: &VersionVector, rule: Rule) -> Vec<Dropped> {
+    let known = typed::unseen(rule, &delta.key, record);
+    let mut dropped = record.apply(delta, seen, rule);
+    dropped.extend(newly_lost(&known, typed::unseen(rule, &delta.key, record)));
+    dropped
+}
+
+/// Of what is `unseen` in a record, what was not `known` to be.
+fn newly_lost(known: &[Dropped], mut unseen: Vec<Dropped>) -> Vec<Dropped> {
+    unseen.retain(|lost| known.iter().all(|before| before.loser.dot != lost.loser.dot));
+    unseen
 }
 
 fn append<S: ShardState>(state: &mut S, namespace: NamespaceId, change: &Change) {

@@ -40,7 +40,7 @@ use crate::{
     hlc::HybridTime,
     id::{Actor, Dot},
     ledger::Cause,
-    record::{Content, Count, Delta, PushedOut, Record, Rule, Sibling, TakenBack},
+    record::{Content, Count, Delta, Dropped, PushedOut, Record, Rule, Sibling, TakenBack},
     vector::VersionVector,
 };
 
@@ -250,7 +250,8 @@ pub(crate) fn mutate<S: ShardState>(
 
 /// What a write of an element takes the place of: what `context` has seen, and of a value what the region
 /// itself wrote before. So an element has no more than one value of each region, whatever contexts it is
-/// written with. Of a register a reader sees one assignment; the others go unseen, and so into the ledger.
+/// written with. Of a register a reader sees one assignment, and what goes without having been seen is lost:
+/// it enters the ledger.
 fn replaced(
     record: &Record,
     kind: Kind,
@@ -262,12 +263,31 @@ fn replaced(
     let is_own = |held: &Sibling| content.is_present() && held.dot.actor == local;
     let shown = latest_of(record).map(|(held, _)| held).filter(|_| kind == Kind::Register);
     let is_unseen = |held: &Sibling| {
-        shown.is_some_and(|shown| held.dot != shown.dot && !held.is_twin_of(shown))
+        shown.is_some_and(|shown| {
+            let is_shown = held.dot == shown.dot || held.is_twin_of(shown);
+            !is_shown || !seen.contains(&held.dot)
+        })
     };
     let goes = record.siblings().iter().filter(|it| seen.contains(&it.dot) || is_own(it));
     let (unseen, replaced): (Vec<&Sibling>, Vec<&Sibling>) = goes.partition(|it| is_unseen(it));
     let dots = |of: Vec<&Sibling>| of.into_iter().map(|held| held.dot).collect();
     Replaced { supersedes: dots(replaced), pushed_out: PushedOut::of(dots(unseen), Cause::Rule) }
+}
+
+/// Assignments of a register that are held and not shown. They are no longer what the field has, and so in the
+/// ledger, while they stay in the record: what is shown may be deleted by somebody who has not seen them.
+pub(crate) fn unseen(rule: Rule, key: &[u8], record: &Record) -> Vec<Dropped> {
+    if rule != Rule::Map || record.siblings().len() < 2 || kind_of(key) != Some(Kind::Register) {
+        return Vec::new();
+    }
+    let Some((shown, _)) = latest_of(record) else { return Vec::new() };
+    let (winner, winner_time) = (shown.dot, shown.time);
+    let others = record.siblings().iter().filter(|held| {
+        held.content.is_present() && held.dot != shown.dot && !held.is_twin_of(shown)
+    });
+    let lost =
+        |held: &Sibling| Dropped { loser: held.clone(), winner, winner_time, cause: Cause::Rule };
+    others.map(lost).collect()
 }
 
 impl Mutation {
