@@ -13,6 +13,7 @@ use crate::retry::{Backoff, Judgement, Safety, Verdict, judge};
 use crate::router::{Route, Router, Target};
 use crate::session::Session;
 use bytes::Bytes;
+use prost::Message;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -132,10 +133,15 @@ impl Client {
     /// Sends one call until it is answered, refused for good, or out of time.
     pub(crate) async fn call<Q, R, F, Fut>(&self, plan: Plan, body: Q, send: F) -> Result<R>
     where
-        Q: Clone,
+        Q: Clone + Message,
         F: Fn(Channel, Request<Q>) -> Fut,
         Fut: Future<Output = Result<Response<R>, Status>>,
     {
+        let (bytes, bytes_max) = (body.encoded_len(), self.inner.config.max_message_bytes);
+        if bytes > bytes_max {
+            let found = format!("the request has {bytes} bytes and the client sends {bytes_max}");
+            return Err(Error::message_too_large(&found));
+        }
         let router = &self.inner.router;
         let until = Instant::now() + plan.deadline;
         let mut backoff = Backoff::default();
@@ -190,7 +196,10 @@ impl Client {
                     if status.code() == Code::Cancelled && Instant::now() >= until {
                         return Err(out_of_time(last, may_have_applied));
                     }
-                    return Err(Error::from_status(&status, may_have_applied));
+                    return Err(match refused_size(&status, bytes) {
+                        true => Error::message_too_large(status.message()),
+                        false => Error::from_status(&status, may_have_applied),
+                    });
                 }
                 Verdict::Redirect(leader) => {
                     if let Target::LeaderOf(key) = &plan.target {
@@ -242,6 +251,15 @@ pub(crate) fn describe<Q>(body: Q, route: &Route) -> Request<Q> {
         metadata.insert("x-tombolo-no-forward", MetadataValue::from_static("1"));
     }
     request
+}
+
+/// The transport at the other end refused a request of so many bytes, and gave no reason. Its words
+/// are the same for a reply that is too large for this end, so that the size must tell.
+fn refused_size(status: &Status, bytes: usize) -> bool {
+    matches!(status.code(), Code::OutOfRange | Code::ResourceExhausted)
+        && status.details().is_empty()
+        && status.message().contains("message length too large")
+        && status.message().contains(&format!(" {bytes} bytes"))
 }
 
 /// The deadline passed between or during attempts.

@@ -16,20 +16,14 @@ pub struct ClientConfig {
     pub attempt_timeout: Duration,
     /// Bounds one attempt to open a connection. Default 1 s.
     pub connect_timeout: Duration,
-    /// Largest request, in bytes. Default 4 MiB, as on the server.
+    /// Largest request, in bytes; a larger one is not sent. Raise it together with
+    /// `limits.max_message_bytes` of every node. Default 4 MiB, as there.
     pub max_message_bytes: usize,
     /// Largest reply accepted, in bytes. A key under `siblings` shows up to 16 values at once, and a
     /// batch the values of up to 128 keys, so it is far more than a request may have. Default 192 MiB.
     pub max_reply_bytes: usize,
     /// HTTP/2 connections a node. More than one helps only load generators. Default 1.
     pub connections_per_node: usize,
-}
-
-impl ClientConfig {
-    /// Bytes of a request and of a reply, at most.
-    pub(crate) fn message_limits(&self) -> (usize, usize) {
-        (self.max_message_bytes, self.max_reply_bytes)
-    }
 }
 
 impl Default for ClientConfig {

@@ -285,12 +285,8 @@ impl Conflicts {
     }
 
     fn service(&self) -> impl Fn(Channel) -> ConflictServiceClient<Channel> + Send + 'static {
-        let (request_max, reply_max) = self.client.inner.config.message_limits();
-        move |channel| {
-            ConflictServiceClient::new(channel)
-                .max_decoding_message_size(reply_max)
-                .max_encoding_message_size(request_max)
-        }
+        let reply_max = self.client.inner.config.max_reply_bytes;
+        move |channel| ConflictServiceClient::new(channel).max_decoding_message_size(reply_max)
     }
 }
 

@@ -142,6 +142,17 @@ impl Error {
         Self::Invalid { detail: Detail::new(Code::InvalidArgument, message) }
     }
 
+    /// No node will ever take a request of that size; it was not applied.
+    pub(crate) fn message_too_large(found: &str) -> Self {
+        let message = format!(
+            "{found}: split the request, or raise `limits.max_message_bytes` on every node and \
+             `ClientConfig::max_message_bytes`"
+        );
+        let mut detail = Detail::new(Code::InvalidArgument, message);
+        detail.reason = Some("MESSAGE_TOO_LARGE".to_owned());
+        Self::Invalid { detail }
+    }
+
     pub(crate) fn protocol(message: impl Into<String>) -> Self {
         Self::Protocol { message: message.into() }
     }

@@ -15,6 +15,7 @@ use crate::types::{
 use crate::watch::Watch;
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use prost::Message;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -250,12 +251,8 @@ impl CallOptions {
     }
 
     pub(crate) fn kv(&self) -> impl Fn(Channel) -> Kv + Send + 'static {
-        let (request_max, reply_max) = self.client.inner.config.message_limits();
-        move |channel| {
-            KvServiceClient::new(channel)
-                .max_decoding_message_size(reply_max)
-                .max_encoding_message_size(request_max)
-        }
+        let reply_max = self.client.inner.config.max_reply_bytes;
+        move |channel| KvServiceClient::new(channel).max_decoding_message_size(reply_max)
     }
 
     pub(crate) fn write_plan(&self, key: &Bytes, ack_regions: u32) -> Plan {
@@ -271,7 +268,7 @@ impl CallOptions {
     /// is an error.
     pub(crate) async fn write<Q, R, F, Fut>(&self, plan: Plan, mut body: Q, send: F) -> Result<R>
     where
-        Q: Clone + CarriesToken,
+        Q: Clone + Message + CarriesToken,
         R: CarriesToken,
         F: Fn(Kv, Request<Q>) -> Fut,
         Fut: Future<Output = Result<Response<R>, Status>>,

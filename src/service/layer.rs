@@ -81,7 +81,8 @@ where
         let (admission, path) = (&self.admission, request.uri().path());
         // Health, reflection and status answer while draining and under overload.
         if !path.starts_with("/tombolo.v1.KvService/") {
-            return Box::pin(self.inner.call(request));
+            let answer = self.inner.call(request);
+            return Box::pin(async move { answer.await.map(name_size) });
         }
         let guard = admission.metrics.rpc(method_label(path));
         if let Some(status) = admission.refusal() {
@@ -98,7 +99,7 @@ where
         };
         let answer = self.inner.call(request);
         Box::pin(async move {
-            let response = answer.await;
+            let response = answer.await.map(name_size);
             drop(permit);
             match &response {
                 Ok(response) => match Status::from_header_map(response.headers()) {
@@ -109,6 +110,22 @@ where
             }
             response
         })
+    }
+}
+
+/// Gives the refusal of a request that is larger than the limit its reason: the transport refuses it
+/// before any handler sees it.
+fn name_size<R: Default>(response: http::Response<R>) -> http::Response<R> {
+    match Status::from_header_map(response.headers()) {
+        Some(status)
+            if status.code() == Code::OutOfRange
+                && status.details().is_empty()
+                && status.message().contains("decoded message length too large") =>
+        {
+            let message = format!("{}; `limits.max_message_bytes` sets it", status.message());
+            Reason::MessageTooLarge.status(message, &[]).into_http()
+        }
+        Some(_) | None => response,
     }
 }
 

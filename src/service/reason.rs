@@ -155,7 +155,7 @@ reasons! {
         "Split the batch."
     MessageTooLarge "MESSAGE_TOO_LARGE" InvalidArgument Never 0
         "The request is larger than `limits.max_message_bytes`."
-        "Split the request, or raise the limit on every node of the region."
+        "Split the request, or raise the limit on every node of every region, and `max_message_bytes` of the clients."
     AckRegionsTooMany "ACK_REGIONS_TOO_MANY" InvalidArgument Never 0
         "The write or the wait asks for more other regions than there are."
         "Lower `ack_regions`, or `regions` of the wait."
