@@ -137,6 +137,17 @@ impl RegionApi {
         }
     }
 
+    /// Refuses a name that no row can have, so that an empty list says that there is nothing. Rows may be
+    /// of every namespace, of the catalog, and of a deleted namespace, `#` and its number.
+    async fn check_named(&self, asked: &str, deadline: Instant) -> Result<(), Status> {
+        let is_number = |id: &str| id.parse::<u32>().is_ok();
+        if asked.is_empty() || asked == "catalog" || asked.strip_prefix('#').is_some_and(is_number)
+        {
+            return Ok(());
+        }
+        self.gateway.namespace(asked, deadline).await.map(drop)
+    }
+
     /// The tombstones of all nodes of the region, and the nodes that did not answer.
     async fn all_tombstones(&self) -> Result<(Vec<pb::Tombstones>, Vec<String>), Status> {
         let mut found = self.own_tombstones().await?;
@@ -392,12 +403,15 @@ impl RegionService for RegionApi {
         &self,
         request: Request<pb::ListTombstonesRequest>,
     ) -> Result<Response<pb::ListTombstonesResponse>, Status> {
-        let (mut tombstones, unreachable) = if is_set(request.metadata(), THIS_NODE_ONLY) {
+        let call = self.gateway.call(request.metadata());
+        let only_here = is_set(request.metadata(), THIS_NODE_ONLY);
+        let namespace = request.into_inner().namespace;
+        self.check_named(&namespace, call.deadline).await?;
+        let (mut tombstones, unreachable) = if only_here {
             (self.own_tombstones().await?, Vec::new())
         } else {
             self.all_tombstones().await?
         };
-        let namespace = request.into_inner().namespace;
         tombstones.retain(|row| namespace.is_empty() || row.namespace == namespace);
         Ok(Response::new(pb::ListTombstonesResponse { tombstones, unreachable }))
     }
@@ -572,8 +586,10 @@ impl RegionService for RegionApi {
         &self,
         request: Request<pb::ListReviewsRequest>,
     ) -> Result<Response<pb::ListReviewsResponse>, Status> {
+        let call = self.gateway.call(request.metadata());
         let only_here = is_set(request.metadata(), THIS_NODE_ONLY);
         let message = request.into_inner();
+        self.check_named(&message.namespace, call.deadline).await?;
         let mut reviews = self.own_reviews(message.limit).await?;
         let mut unreachable = Vec::new();
         if !only_here {
@@ -620,8 +636,10 @@ impl RegionService for RegionApi {
         &self,
         request: Request<pb::ListAtRiskRequest>,
     ) -> Result<Response<pb::ListAtRiskResponse>, Status> {
+        let call = self.gateway.call(request.metadata());
         let only_here = is_set(request.metadata(), THIS_NODE_ONLY);
         let message = request.into_inner();
+        self.check_named(&message.namespace, call.deadline).await?;
         let mut shards = self.own_at_risk(rows(message.limit)).await?;
         let mut unreachable = Vec::new();
         if !only_here {

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use tombolo::node::Node;
+use tombolo_client::{Client, ClientConfig, Error, Operations};
 use tombolo_core::{
     Actor, NamespaceId, RegionId, ShardId, VersionVector,
     token::{SessionToken, TokenKey, encode_context, encode_page},
@@ -148,8 +149,60 @@ async fn a_message_over_the_limit_is_refused_and_the_connection_lives_on() {
     let cluster = Cluster::start(&[("us", 1)], 1).await;
     let mut kv = stub(&cluster).await;
     let refused = kv.put(put("k", vec![0; 5 << 20])).await.unwrap_err();
-    assert_eq!(refused.code(), Code::OutOfRange, "{refused:?}");
+    assert_eq!(refused.code(), Code::InvalidArgument, "{refused:?}");
+    assert_eq!(reason(&refused), Reason::MessageTooLarge);
+    assert!(refused.message().contains("limits.max_message_bytes"), "{refused}");
     kv.put(put("k", "v")).await.unwrap();
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_says_what_to_do_about_a_request_over_the_limit() {
+    let cluster = Cluster::start(&[("us", 1)], 1).await;
+    let modest = cluster.client("us").await;
+    let endpoints = cluster.addresses("us");
+    let config = ClientConfig { endpoints, max_message_bytes: 64 << 20, ..Default::default() };
+    let bold = Client::connect(config).await.unwrap();
+    modest.admin().create_namespace("profiles", pb::Rule::Map).await.unwrap();
+    let assign = |all: Operations, field| all.field([field]).assign(vec![0; 1 << 20]);
+    let registers = || ["a", "b", "c", "d"].into_iter().fold(Operations::new(), assign);
+    for client in [modest, bold] {
+        let (values, profiles) = (client.namespace("default"), client.namespace("profiles"));
+        for error in [
+            values.put("k", vec![0; 5 << 20]).await.unwrap_err(),
+            profiles.mutate("k", registers()).await.unwrap_err(),
+        ] {
+            assert!(matches!(error, Error::Invalid { .. }), "{error:?}");
+            assert_eq!(error.reason(), Some("MESSAGE_TOO_LARGE"));
+            assert!(error.to_string().contains("limits.max_message_bytes"), "{error}");
+        }
+        values.put("k", "v").await.unwrap();
+    }
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lists_of_a_namespace_that_does_not_exist_are_refused() {
+    let cluster = Cluster::start(&[("us", 2)], 2).await;
+    let admin = cluster.client("us").await.admin();
+    let asked = async |name: &str| {
+        [
+            admin.list_at_risk(Some(name), 10).await.map(|reply| reply.shards.len()),
+            admin.list_tombstones(Some(name)).await.map(|reply| reply.tombstones.len()),
+            admin.list_reviews(Some(name), 10).await.map(|reply| reply.reviews.len()),
+        ]
+    };
+    for (name, expected) in [("nope", "NAMESPACE_NOT_FOUND"), ("No Name", "NAMESPACE_INVALID")] {
+        for answer in asked(name).await {
+            assert_eq!(answer.unwrap_err().reason(), Some(expected));
+        }
+    }
+    for name in ["default", "catalog", "#77"] {
+        assert!(
+            asked(name).await.into_iter().all(|answer| answer.is_ok_and(|rows| rows == 0)),
+            "{name}"
+        );
+    }
     cluster.stop().await;
 }
 
