@@ -61,12 +61,12 @@ impl Client {
     /// Learns the topology of a region from any of its nodes.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for an address that is none, else that of the last node tried. Asks each
-    /// endpoint once.
+    /// [`Error::Invalid`] at once for an address that is none; else, when the deadline has passed, what
+    /// became of each endpoint. Until then they are asked again and again.
     pub async fn connect(config: ClientConfig) -> Result<Self> {
         let config = Arc::new(config);
         let router = Router::new(config.clone())?;
-        router.discover().await?;
+        router.discover(Instant::now() + config.deadline).await?;
         let client_id = rand::random::<u64>().max(1);
         let next_number = AtomicU64::new(1);
         Ok(Self { inner: Arc::new(Inner { config, router, client_id, next_number }) })

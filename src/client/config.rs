@@ -8,7 +8,8 @@ pub struct ClientConfig {
     /// Nodes of *one* region to begin with, `host:port`, `http://` optional. The client learns the
     /// others from them.
     pub endpoints: Vec<String>,
-    /// Bounds a whole call with all its retries; also how long a scan waits for its next page.
+    /// Bounds a whole call with all its retries, and [`connect`](crate::Client::connect) with all of
+    /// its own; also how long a scan waits for its next page.
     /// Default 5 s.
     pub deadline: Duration,
     /// After this a call that is safe to repeat is tried through another node. Waits that the

@@ -10,6 +10,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use std::collections::BTreeMap;
+use std::error::Error as _;
+use std::io::ErrorKind;
 use std::time::Duration;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -34,9 +36,13 @@ impl Detail {
 
     pub(crate) fn from_status(status: &Status) -> Box<Self> {
         let info = status.get_details_error_info();
-        let message = match status.message() {
-            "" => status.code().description().to_owned(),
-            said => said.to_owned(),
+        let said = match status.message() {
+            "" => status.code().description(),
+            said => said,
+        };
+        let message = match root_cause(status) {
+            Some(cause) if cause != said => format!("{said}: {cause}"),
+            Some(_) | None => said.to_owned(),
         };
         Box::new(Self {
             code: status.code(),
@@ -45,6 +51,19 @@ impl Detail {
             metadata: info.map(|info| info.metadata.into_iter().collect()).unwrap_or_default(),
         })
     }
+}
+
+/// What lies under a failed connection, which the status itself only names as such.
+fn root_cause(status: &Status) -> Option<String> {
+    let root = std::iter::successors(status.source(), |&error| error.source()).last()?;
+    let io = root.downcast_ref::<std::io::Error>();
+    Some(match io.map(std::io::Error::kind) {
+        Some(ErrorKind::ConnectionRefused) => "connection refused".to_owned(),
+        Some(_) | None => match root.to_string() {
+            text if text.starts_with("failed to lookup address") => format!("unknown host, {text}"),
+            text => text,
+        },
+    })
 }
 
 impl std::fmt::Display for Detail {

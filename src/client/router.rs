@@ -13,6 +13,7 @@
 
 use crate::config::ClientConfig;
 use crate::error::{Error, Result};
+use crate::retry::Backoff;
 use bytes::Bytes;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -25,8 +26,8 @@ use tokio::time::Instant;
 use tombolo_core::placement::shard_of_key;
 use tombolo_proto::v1;
 use tombolo_proto::v1::cluster_service_client::ClusterServiceClient;
-use tonic::Request;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request, Response, Status};
 
 /// Least time between two refreshes of the topology.
 const REFRESH_INTERVAL: Duration = Duration::from_millis(100);
@@ -96,7 +97,8 @@ pub(crate) struct Router {
 impl Router {
     /// Checks the addresses; connects to nothing yet.
     pub(crate) fn new(config: Arc<ClientConfig>) -> Result<Self> {
-        let seeds: Vec<Arc<str>> = config.endpoints.iter().map(|it| address_of(it)).collect();
+        let seeds = config.endpoints.iter().map(|it| checked_address(it));
+        let seeds: Vec<Arc<str>> = seeds.collect::<Result<_>>()?;
         if seeds.is_empty() {
             return Err(Error::invalid("no endpoint given"));
         }
@@ -114,14 +116,32 @@ impl Router {
         Ok(router)
     }
 
-    /// Learns the topology for the first time.
+    /// Learns the topology for the first time, and asks again until `until` while no node answers.
     ///
     /// # Errors
-    /// The last node's error, if none of them answered.
-    pub(crate) async fn discover(&self) -> Result<()> {
+    /// What became of each endpoint, if none of them answered.
+    pub(crate) async fn discover(&self, until: Instant) -> Result<()> {
         let mut last = self.refreshing.lock().await;
-        *last = Some(Instant::now());
-        self.fetch().await
+        let mut backoff = Backoff::default();
+        loop {
+            *last = Some(Instant::now());
+            let left = until.saturating_duration_since(Instant::now());
+            let error = match self.fetch(self.patience().min(left)).await {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            let pause = backoff.next(None);
+            if !error.is_retryable() || Instant::now() + pause >= until {
+                return Err(error);
+            }
+            tracing::debug!(%error, ?pause, "not connected yet");
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// How long a node may take to be connected and to say what it knows.
+    fn patience(&self) -> Duration {
+        self.config.connect_timeout * 2
     }
 
     /// The route of the next attempt. `hint` is a leader's address from a refusal.
@@ -185,7 +205,7 @@ impl Router {
             return;
         }
         *last = Some(Instant::now());
-        if let Err(error) = self.fetch().await {
+        if let Err(error) = self.fetch(self.patience()).await {
             tracing::debug!(%error, "topology not refreshed");
         }
     }
@@ -202,38 +222,32 @@ impl Router {
 
     /// Asks all known nodes side by side. The first answer suffices; others that come right after
     /// it may add a newer leader.
-    async fn fetch(&self) -> Result<()> {
+    async fn fetch(&self, timeout: Duration) -> Result<()> {
         let mut asked = FuturesUnordered::new();
         for address in self.known_nodes() {
             let channel = self.channel(&address)?;
-            let timeout = self.config.connect_timeout * 2;
             asked.push(async move {
                 let mut request = Request::new(v1::GetClusterRequest {});
                 request.set_timeout(timeout);
                 let mut client = ClusterServiceClient::new(channel);
-                match tokio::time::timeout(timeout, client.get_cluster(request)).await {
-                    Ok(Ok(reply)) => Ok(reply.into_inner()),
-                    Ok(Err(status)) => Err(Error::from_status(&status, false)),
-                    Err(_) => Err(Error::from_status(
-                        &tonic::Status::unavailable(format!("{address} does not answer")),
-                        false,
-                    )),
-                }
+                let answer = tokio::time::timeout(timeout, client.get_cluster(request)).await;
+                let answer = answer.unwrap_or_else(|_| Err(Status::unavailable("no answer")));
+                let answer = answer.map_err(|status| Error::from_status(&status, false));
+                (address, answer.map(Response::into_inner))
             });
         }
-        let mut outcome = Err(Error::invalid("no endpoint given"));
-        while let Some(answer) = asked.next().await {
+        let mut failed = Vec::new();
+        loop {
+            let Some((address, answer)) = asked.next().await else {
+                return Err(none_answered(&failed));
+            };
             match answer.and_then(|reply| self.learn(&reply)) {
-                Ok(()) => {
-                    outcome = Ok(());
-                    break;
-                }
-                Err(error) => outcome = Err(error),
+                Ok(()) => break,
+                Err(error) => failed.push((address, error)),
             }
         }
-        outcome?;
         let linger = async {
-            while let Some(answer) = asked.next().await {
+            while let Some((_, answer)) = asked.next().await {
                 if let Ok(reply) = answer {
                     self.learn(&reply).ok();
                 }
@@ -344,6 +358,33 @@ impl State {
     }
 }
 
+/// One error for all nodes: worth another try if it is for one of them.
+fn none_answered(failed: &[(Arc<str>, Error)]) -> Error {
+    let causes: Vec<String> =
+        failed.iter().map(|(address, error)| format!("{address}: {error}")).collect();
+    let code = match failed.last() {
+        Some((_, last)) if !failed.iter().any(|(_, error)| error.is_retryable()) => last.code(),
+        Some(_) | None => Code::Unavailable,
+    };
+    Error::from_status(&Status::new(code, causes.join("; ")), false)
+}
+
+/// The address of an endpoint that a person wrote.
+fn checked_address(endpoint: &str) -> Result<Arc<str>> {
+    let address = address_of(endpoint);
+    let wrong = |what: &str| {
+        Err(Error::invalid(format!("{what} in `{endpoint}`: write host:port, like 127.0.0.1:7101")))
+    };
+    match address.rsplit_once(':') {
+        None => wrong("no port"),
+        Some((host, _)) if host.starts_with('[') && !host.ends_with(']') => wrong("no port"),
+        Some(("", _)) => wrong("no host"),
+        Some((host, _)) if host.contains('/') => wrong("more than an address"),
+        Some((_, port)) if port.parse().is_ok_and(|port: u16| port > 0) => Ok(address),
+        Some(_) => wrong("no valid port"),
+    }
+}
+
 fn address_of(endpoint: &str) -> Arc<str> {
     endpoint.trim().trim_start_matches("http://").trim_end_matches('/').into()
 }
@@ -406,12 +447,32 @@ mod tests {
             let reply = v1::GetClusterResponse { shard_count, ..Default::default() };
             assert!(router.learn(&reply).is_err());
         }
-        assert!(matches!(
-            Router::new(Arc::new(ClientConfig {
-                endpoints: vec!["not an address".into()],
-                ..Default::default()
-            })),
-            Err(Error::Invalid { .. })
-        ));
+    }
+
+    #[tokio::test]
+    async fn an_address_that_is_none_is_refused_with_what_is_wrong() {
+        let new = |endpoint: &str| {
+            let endpoints = vec![endpoint.to_owned()];
+            Router::new(Arc::new(ClientConfig { endpoints, ..Default::default() }))
+        };
+        for (endpoint, wrong) in [
+            ("127.0.0.1", "no port in `127.0.0.1`: write host:port"),
+            ("http://node-1/", "no port in `http://node-1/`"),
+            ("[::1]", "no port in `[::1]`"),
+            (":7101", "no host in `:7101`"),
+            ("node-1:", "no valid port"),
+            ("node-1:0", "no valid port"),
+            ("node-1:70000", "no valid port"),
+            ("node-1:http", "no valid port"),
+            ("not an address:1", "is not host:port"),
+            ("https://node-1:1", "more than an address"),
+        ] {
+            let Err(error) = new(endpoint) else { panic!("{endpoint}") };
+            assert!(matches!(error, Error::Invalid { .. }), "{error:?}");
+            assert!(error.to_string().contains(wrong), "{error}");
+        }
+        for endpoint in ["node-1:1", "http://127.0.0.1:65535/", "[::1]:7101"] {
+            assert!(new(endpoint).is_ok(), "{endpoint}");
+        }
     }
 }

@@ -480,13 +480,69 @@ async fn administration_follows_pages_and_names_what_is_missing() {
 }
 
 #[tokio::test]
-async fn connecting_to_nobody_fails_at_once_and_by_name() {
-    let endpoints = vec!["127.0.0.1:1".to_owned()];
-    let config = ClientConfig { endpoints, ..Default::default() };
+async fn connecting_to_nobody_is_tried_until_the_deadline_and_names_each_cause() {
+    let endpoints = vec!["127.0.0.1:1".to_owned(), "nowhere.invalid:7101".to_owned()];
+    let deadline = Duration::from_millis(300);
+    let config = ClientConfig { endpoints, deadline, ..Default::default() };
+    let begin = std::time::Instant::now();
     let error = Client::connect(config).await.expect_err("nobody there");
     assert!(matches!(error, Error::Unavailable { outcome_unknown: false, .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("127.0.0.1:1: "), "{text}");
+    assert!(text.contains("connection refused"), "{text}");
+    assert!(text.contains("nowhere.invalid:7101: "), "{text}");
+    assert!(begin.elapsed() >= deadline / 4, "it was tried again");
     let none = Client::connect(ClientConfig::default()).await;
     assert!(matches!(none, Err(Error::Invalid { .. })));
+}
+
+#[tokio::test]
+async fn a_node_that_comes_up_late_is_waited_for() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("bound");
+    let address = free.local_addr().expect("bound").to_string();
+    drop(free);
+    let endpoints = vec![address.clone()];
+    let connecting =
+        tokio::spawn(Client::connect(ClientConfig { endpoints, ..Default::default() }));
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(!connecting.is_finished());
+    let region = Region::start_at(&[&address]).await;
+    let client = connecting.await.expect("no panic").expect("connected");
+    client.namespace("default").put("k", "v").await.expect("written");
+    assert_eq!(region.calls("put").len(), 1);
+}
+
+#[tokio::test]
+async fn a_request_above_the_limit_is_not_sent_and_says_what_to_do() {
+    let region = Region::start(1).await;
+    let keys = connect(&region).await.namespace("default");
+    let big = || Bytes::from(vec![0; 1 << 20]);
+    let assign = |all: Operations, field| all.field([field]).assign(big());
+    let registers = ["a", "b", "c", "d"].into_iter().fold(Operations::new(), assign);
+    for error in [
+        keys.put("k", vec![0; 5 << 20]).await.expect_err("too large"),
+        keys.mutate("k", registers).await.expect_err("too large"),
+    ] {
+        assert!(matches!(error, Error::Invalid { .. }), "{error:?}");
+        assert_eq!(error.reason(), Some("MESSAGE_TOO_LARGE"));
+        assert!(!error.outcome_unknown());
+        let text = error.to_string();
+        assert!(text.contains("split the request") && text.contains("max_message_bytes"), "{text}");
+    }
+    assert!(region.state.lock().calls.is_empty());
+}
+
+#[tokio::test]
+async fn a_transport_that_refuses_a_size_is_understood() {
+    let region = Region::start(1).await;
+    let config = ClientConfig { max_message_bytes: 64 << 20, ..Default::default() };
+    let keys = connect_with(&region, config).await.namespace("default");
+    for mib in [5, 32] {
+        let error = keys.put("k", vec![0; mib << 20]).await.expect_err("too large");
+        assert!(matches!(error, Error::Invalid { .. }), "{error:?}");
+        assert_eq!(error.reason(), Some("MESSAGE_TOO_LARGE"));
+        assert!(error.to_string().contains("on every node"), "{error}");
+    }
 }
 
 #[tokio::test]

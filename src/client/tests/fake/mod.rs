@@ -103,6 +103,11 @@ pub(crate) struct Region {
 impl Region {
     /// Starts nodes 1..=count; node 1 leads.
     pub(crate) async fn start(count: usize) -> Self {
+        Self::start_at(&vec!["127.0.0.1:0"; count]).await
+    }
+
+    /// As [`Region::start`], with a node at each of these addresses.
+    pub(crate) async fn start_at(listen: &[&str]) -> Self {
         let state = Arc::new(Mutex::new(State {
             leader: 1,
             term: 1,
@@ -111,8 +116,8 @@ impl Region {
             ..State::default()
         }));
         let mut addresses = Vec::new();
-        for node in 1..=count as u64 {
-            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bound");
+        for (node, listen) in (1..).zip(listen) {
+            let listener = tokio::net::TcpListener::bind(listen).await.expect("bound");
             addresses.push(listener.local_addr().expect("bound").to_string());
             let server = Node { node, state: state.clone() };
             tokio::spawn(
