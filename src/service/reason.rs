@@ -173,7 +173,7 @@ reasons! {
         "Correct the name; `tombolo ctl region list` shows them all."
     NodeNotFound "NODE_NOT_FOUND" NotFound Never 0
         "The region has no node with that id."
-        "Correct the id; `tombolo ctl node list` shows them all."
+        "Correct the id; `tombolo ctl status` shows them all."
     ShardNotFound "SHARD_NOT_FOUND" NotFound Never 0
         "The region has no shard with that number."
         "Correct the number; shards count from 0."
