@@ -276,7 +276,9 @@ fn typed_text(value: &Value) -> String {
             format!("{{{}}}", elements.join(", "))
         }
         Value::Map(fields) => {
-            let field = |(name, value): &(String, Value)| format!("{name}: {}", typed_text(value));
+            let field = |(name, value): &(String, Value)| {
+                format!("{}: {}", escape(name.as_bytes()), typed_text(value))
+            };
             format!("{{{}}}", fields.iter().map(field).collect::<Vec<_>>().join(", "))
         }
     }
