@@ -42,11 +42,12 @@ pub(crate) async fn await_replication(
     args: &AwaitReplication,
     io: &mut Io,
 ) -> Result<Exit, Failure> {
-    if args.session.session_file.is_none() && args.session.token.is_none() {
-        let text = "name a session with --session-file or --token: without one nothing was seen";
+    let session = args.session.read()?;
+    if session.has_seen_nothing() {
+        let text = "name a session with --session-file or --token that has seen something: this one has \
+                    seen nothing, so there is nothing to wait for";
         return Err(Failure::Usage(text.into()));
     }
-    let session = args.session.open()?;
     let (_client, keys) = args.connection.connect(io, None).await?;
     let replicated = session.enter(keys).await_replication(args.regions).await?;
     match args.connection.format(io) {

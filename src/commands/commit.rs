@@ -8,7 +8,7 @@ use crate::output::{
     DotJson, Format, KeyEncoding, KeyJson, VersionJson, base64, json, show_version, table,
     versions_json,
 };
-use crate::write::WriteOptions;
+use crate::write::{WriteOptions, some_context};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
@@ -50,7 +50,7 @@ pub struct Commit {
     #[arg(long, value_name = "KEY=VALUE")]
     pub put: Vec<String>,
     /// Let the values of --put expire after this long
-    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, requires = "put")]
     pub ttl: Option<Duration>,
     /// Delete a key
     #[arg(long, value_name = "KEY")]
@@ -195,7 +195,7 @@ impl Commit {
             let write = write.ok_or_else(|| {
                 Failure::Usage(format!("--context-token: the commit does not write `{key}`"))
             })?;
-            write.context = Some(parse_context(context)?);
+            write.context = Some(some_context(parse_context(context)?)?);
         }
         Ok(())
     }
@@ -294,6 +294,7 @@ impl Document {
         for it in self.writes {
             let key = encoding.parse(&it.key)?;
             let context = it.context.as_deref().map(parse_context).transpose()?;
+            let context = context.map(some_context).transpose()?;
             plan.writes.push(PlannedWrite { key, action: it.action()?, context });
         }
         Ok(plan)
@@ -375,13 +376,15 @@ pub(crate) async fn commit(args: &Commit, io: &mut Io) -> Result<Exit, Failure> 
     let writing = args.write.begin(&args.connection, io).await?;
     let commit = writing.keys.commit().request_id(writing.id);
     let commit = plan.build(commit.ack_regions(args.write.ack_regions));
-    let committed = writing.finish(commit).await?;
-    print(&committed, &plan, args.connection.format(io), encoding, io)?;
-    if committed.committed {
-        Ok(Exit::Ok)
-    } else {
-        Err(Failure::CheckFailed(committed.failed.len()))
-    }
+    let format = args.connection.format(io);
+    let say = |committed: &Committed, io: &mut Io| {
+        print(committed, &plan, format, encoding, io)?;
+        match committed.committed {
+            true => Ok(Exit::Ok),
+            false => Err(Failure::CheckFailed(committed.failed.len())),
+        }
+    };
+    writing.finish(commit, io, say).await
 }
 
 fn print(

@@ -8,6 +8,7 @@ use crate::ctl::{warn_unreachable, word};
 use crate::data::{print_written, read_value};
 use crate::exit::{Exit, Failure};
 use crate::io::Io;
+use crate::lines::escape;
 use crate::output::{
     Format, KeyEncoding, KeyJson, VersionJson, base64, json, json_list, show_time, show_value,
     table, version_json,
@@ -181,8 +182,7 @@ pub(crate) async fn conflict(command: &ConflictCommand, io: &mut Io) -> Result<E
                 None => conflicts.get(id).await?.context,
             };
             let written = session.enter_conflicts(conflicts).restore(id, context).await?;
-            session.keep()?;
-            print_written(&written, format, io)
+            session.end(print_written(&written, format, io), io)
         }
         ConflictCommand::Resolve { key, context_token, choice, session, .. } => {
             let session = session.open()?;
@@ -194,8 +194,7 @@ pub(crate) async fn conflict(command: &ConflictCommand, io: &mut Io) -> Result<E
             };
             let conflicts = session.enter_conflicts(conflicts);
             let written = conflicts.resolve(keys.parse(key)?, context, resolution).await?;
-            session.keep()?;
-            print_written(&written, format, io)
+            session.end(print_written(&written, format, io), io)
         }
         ConflictCommand::Stats { all, .. } => {
             let stats =
@@ -222,6 +221,11 @@ fn show_timestamp(time: Option<prost_types::Timestamp>) -> String {
     time.and_then(|time| SystemTime::try_from(time).ok())
         .map(|time| humantime::format_rfc3339_millis(time).to_string())
         .unwrap_or_default()
+}
+
+/// The names of fields in a table.
+fn show_path(path: &[String]) -> String {
+    escape(path.join("/").as_bytes())
 }
 
 /// What was dropped, or kept, in a table.
@@ -295,7 +299,7 @@ fn print_conflicts(
                 [
                     it.id.clone(),
                     keys.show(&it.key),
-                    it.field_path.join("/"),
+                    show_path(&it.field_path),
                     format!("{lost} of {}", loser.origin_region),
                     time_of(&loser),
                     winner.origin_region.clone(),
@@ -354,7 +358,7 @@ fn print_shown(
             let out = &mut io.out;
             writeln!(out, "key      {}", keys.show(&conflict.key))?;
             if !conflict.field_path.is_empty() {
-                writeln!(out, "field    {}", conflict.field_path.join("/"))?;
+                writeln!(out, "field    {}", show_path(&conflict.field_path))?;
             }
             writeln!(out, "rule     {}", word(shown.rule().as_str_name(), "RULE_"))?;
             writeln!(out, "cause    {}", cause(&conflict))?;
@@ -421,7 +425,9 @@ fn print_way_back(
 /// The command that writes the lost value of a field again; `None` if no operation can name the field.
 fn mutation(conflict: &v1::Conflict, keys: KeyEncoding) -> Option<String> {
     let v1::Conflict { id, namespace, field_path, .. } = conflict;
-    let is_plain = |name: &String| !name.is_empty() && !name.contains(['/', '=']);
+    let is_plain = |name: &String| {
+        !name.is_empty() && !name.contains(['/', '=']) && !name.contains(char::is_control)
+    };
     if !field_path.iter().all(is_plain) || field_path.first()?.starts_with('-') {
         return None;
     }

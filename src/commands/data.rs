@@ -8,7 +8,7 @@ use crate::output::{
     show_version, table, unbase64, value_text, versions_json,
 };
 use crate::session_file::SessionOptions;
-use crate::write::{WriteOptions, parse_context};
+use crate::write::{WriteOptions, parse_context, some_context};
 use bytes::Bytes;
 use futures::TryStreamExt;
 use serde::Serialize;
@@ -184,13 +184,13 @@ pub(crate) async fn put(args: &Put, io: &mut Io) -> Result<Exit, Failure> {
     let put = writing.keys.put(key, value).request_id(writing.id);
     let mut put = put.ack_regions(args.write.ack_regions);
     if let Some(context) = &args.context_token {
-        put = put.context(parse_context(context)?);
+        put = put.context(some_context(parse_context(context)?)?);
     }
     if let Some(ttl) = args.ttl {
         put = put.ttl(ttl);
     }
-    let written = writing.finish(put).await?;
-    print_written(&written, args.connection.format(io), io)
+    let format = args.connection.format(io);
+    writing.finish(put, io, |written, io| print_written(written, format, io)).await
 }
 
 pub(crate) async fn delete(args: &Delete, io: &mut Io) -> Result<Exit, Failure> {
@@ -199,10 +199,10 @@ pub(crate) async fn delete(args: &Delete, io: &mut Io) -> Result<Exit, Failure> 
     let delete = writing.keys.delete(key).request_id(writing.id);
     let mut delete = delete.ack_regions(args.write.ack_regions);
     if let Some(context) = &args.context_token {
-        delete = delete.context(parse_context(context)?);
+        delete = delete.context(some_context(parse_context(context)?)?);
     }
-    let written = writing.finish(delete).await?;
-    print_written(&written, args.connection.format(io), io)
+    let format = args.connection.format(io);
+    writing.finish(delete, io, |written, io| print_written(written, format, io)).await
 }
 
 #[derive(Serialize)]
@@ -269,7 +269,7 @@ pub(crate) async fn get(args: &Get, io: &mut Io) -> Result<Exit, Failure> {
     };
     let absent = gots.iter().filter(|got| got.versions.is_empty());
     let absent: Vec<_> = absent.map(|got| args.connection.key_encoding.show(&got.key)).collect();
-    if absent.is_empty() { Ok(Exit::Ok) } else { Err(Failure::Absent(absent)) }
+    if absent.is_empty() { Ok(Exit::Ok) } else { Err(Failure::Absent(args.absent(&absent))) }
 }
 
 impl Get {
@@ -281,6 +281,20 @@ impl Get {
                 Err(Failure::Conflict { key, versions: got.versions.len() })
             }
             None => Ok(()),
+        }
+    }
+
+    /// Says what is absent: where a part of the value was asked for, that part.
+    fn absent(&self, keys: &[String]) -> String {
+        match (keys, &self.field) {
+            ([key], Some(FieldPath(path))) => {
+                format!("field {} of key {key} is absent", path.join("/"))
+            }
+            ([key], None) if !self.element.is_empty() => {
+                format!("key {key} has no element {}", self.element.join(", "))
+            }
+            ([key], None) => format!("key {key} is absent"),
+            (keys, _) => format!("keys {} are absent", keys.join(", ")),
         }
     }
 
@@ -388,13 +402,31 @@ fn print_got(got: &Got, format: Format, encoding: KeyEncoding, io: &mut Io) -> R
                 table(&mut io.out, VERSION_COLUMNS, rows(&got.key, &got.versions, encoding))?;
             }
         }
-        Format::Raw => match got.versions.first() {
-            Some(version) if version.typed.is_some() => {
-                writeln!(io.out, "{}", value_text(version))?;
+        Format::Raw => {
+            print_hidden(got, io)?;
+            match got.versions.first() {
+                Some(version) if version.typed.is_some() => {
+                    writeln!(io.out, "{}", value_text(version))?;
+                }
+                Some(version) => io.out.write_all(&version.value)?,
+                None => {}
             }
-            Some(version) => io.out.write_all(&version.value)?,
-            None => {}
-        },
+        }
+    }
+    Ok(())
+}
+
+/// What the one value of a raw answer hides.
+fn print_hidden(got: &Got, io: &mut Io) -> std::io::Result<()> {
+    if got.in_conflict() {
+        let values = got.versions.len();
+        let until = got.settle_time.map_or_else(String::new, |at| {
+            format!(", until they are settled at {}", show_instant(at))
+        });
+        writeln!(
+            io.err,
+            "this is one of {values} concurrent values{until}; -o json has all, --one refuses them"
+        )?;
     }
     Ok(())
 }
@@ -408,7 +440,11 @@ fn print_notes(got: &Got, place: &str, io: &mut Io) -> std::io::Result<()> {
         };
         writeln!(io.err, "{place}there are more elements; {rest}")?;
     }
-    if let Some(at) = got.settle_time {
+    print_settling(got.settle_time, place, io)
+}
+
+fn print_settling(at: Option<SystemTime>, place: &str, io: &mut Io) -> std::io::Result<()> {
+    if let Some(at) = at {
         let at = show_instant(at);
         writeln!(io.err, "{place}these values wait to be settled; at {at} the first is taken")?;
     }
@@ -483,6 +519,9 @@ pub(crate) async fn scan(args: &Scan, io: &mut Io) -> Result<Exit, Failure> {
     let mut entries = scan.stream();
     let mut printer = EntryPrinter::new(format, encoding, args.keys_only);
     while let Some(entry) = entries.try_next().await? {
+        if format == Format::Table && !args.keys_only {
+            print_settling(entry.settle_time, &format!("{}: ", encoding.show(&entry.key)), io)?;
+        }
         printer.print(&entry, io)?;
     }
     printer.finish(io)?;

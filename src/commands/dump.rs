@@ -72,7 +72,7 @@ pub(crate) async fn dump(args: &Dump, io: &mut Io) -> Result<Exit, Failure> {
         line.clear();
         args.format.write(&record, &mut line);
         match &mut file {
-            Some(file) => file.write_all(&line)?,
+            Some(file) => file.write_all(&line).map_err(|error| args.failed(&error))?,
             None => io.out.write_all(&line)?,
         }
         let bytes = u64::try_from(line.len()).unwrap_or(u64::MAX);
@@ -96,6 +96,10 @@ pub(crate) async fn dump(args: &Dump, io: &mut Io) -> Result<Exit, Failure> {
 }
 
 impl Dump {
+    fn failed(&self, error: &dyn std::fmt::Display) -> Failure {
+        Failure::Other(format!("{}: {error}", self.file.display()))
+    }
+
     /// The file to write, none for standard output, and the key behind which to go on.
     fn open(&self, prefix: &[u8]) -> Result<(Option<BufWriter<File>>, Option<Bytes>), Failure> {
         if self.file.as_os_str() == "-" {
@@ -104,7 +108,7 @@ impl Dump {
                 false => Ok((None, None)),
             };
         }
-        let failed = |error: String| Failure::Other(format!("{}: {error}", self.file.display()));
+        let failed = |error: String| self.failed(&error);
         if !self.resume {
             let file = File::create(&self.file).map_err(|error| failed(error.to_string()))?;
             return Ok((Some(BufWriter::new(file)), None));

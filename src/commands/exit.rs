@@ -62,8 +62,8 @@ impl From<Exit> for std::process::ExitCode {
 pub enum Failure {
     #[error("{0}")]
     Usage(String),
-    #[error("{}", absent(.0))]
-    Absent(Vec<String>),
+    #[error("{0}")]
+    Absent(String),
     #[error("{0} of the commit's checks failed; nothing was written")]
     CheckFailed(usize),
     #[error("key {key} has {versions} concurrent values")]
@@ -75,6 +75,12 @@ pub enum Failure {
     /// With the place in the input or output where it happened.
     #[error("{place}: {error}")]
     Client { place: String, error: Error },
+    /// The answer was printed.
+    #[error("the write stands, do not repeat it; only its session was not kept: {0}")]
+    NotKept(String),
+    /// Nobody reads standard output any more.
+    #[error("broken pipe")]
+    PipeClosed,
     #[error("{error}; repeat the command with --request-id {} to learn it", show_request_id(.id))]
     OutcomeUnknown { error: Error, id: RequestId },
     #[error("{0}")]
@@ -85,7 +91,10 @@ pub enum Failure {
 
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
-        Self::Other(error.to_string())
+        match error.kind() {
+            std::io::ErrorKind::BrokenPipe => Self::PipeClosed,
+            _ => Self::Other(error.to_string()),
+        }
     }
 }
 
@@ -98,7 +107,13 @@ impl Failure {
             Self::Conflict { .. } => Exit::Conflict,
             Self::Unhealthy => Exit::Unhealthy,
             Self::Interrupted(_) => Exit::Interrupted,
-            Self::Other(_) => Exit::Other,
+            Self::NotKept(_) | Self::PipeClosed | Self::Other(_) => Exit::Other,
+            Self::OutcomeUnknown { error: Error::Invalid { .. }, .. }
+            | Self::Remote(Error::Invalid { .. }) => Exit::Usage,
+            // Its region did not have it in time.
+            Self::Remote(error) if error.reason() == Some("SESSION_NOT_CAUGHT_UP") => {
+                Exit::Unavailable
+            }
             Self::Client { error, .. }
             | Self::OutcomeUnknown { error, .. }
             | Self::Remote(error) => match error {
@@ -121,7 +136,8 @@ impl Failure {
             Self::Conflict { .. } => ("FAILED_PRECONDITION", "CONFLICT"),
             Self::Unhealthy => ("FAILED_PRECONDITION", "UNHEALTHY"),
             Self::Interrupted(_) => ("CANCELLED", "INTERRUPTED"),
-            Self::Other(_) => ("UNKNOWN", ""),
+            Self::NotKept(_) => ("UNKNOWN", "SESSION_NOT_KEPT"),
+            Self::PipeClosed | Self::Other(_) => ("UNKNOWN", ""),
             Self::Client { error, .. }
             | Self::OutcomeUnknown { error, .. }
             | Self::Remote(error) => (code_name(error.code()), error.reason().unwrap_or_default()),
@@ -136,6 +152,8 @@ impl Failure {
             | Self::Conflict { .. }
             | Self::Unhealthy
             | Self::Interrupted(_)
+            | Self::NotKept(_)
+            | Self::PipeClosed
             | Self::Other(_) => self.to_string(),
         };
         Report { code, reason: reason.into(), message, details: self.details() }
@@ -174,13 +192,6 @@ impl Failure {
             }
             Format::Table | Format::Raw => writeln!(err, "error: {self}"),
         }
-    }
-}
-
-fn absent(keys: &[String]) -> String {
-    match keys {
-        [key] => format!("key {key} is absent"),
-        keys => format!("keys {} are absent", keys.join(", ")),
     }
 }
 

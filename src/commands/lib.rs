@@ -77,6 +77,7 @@ pub enum DataCommand {
 /// `root` is the program's whole command line, from which completions are made.
 pub async fn run(command: DataCommand, root: clap::Command, mut io: Io) -> Exit {
     let format = command.error_format();
+    let is_list = matches!(command, DataCommand::Scan(_) | DataCommand::Dump(_));
     // These end by themselves when interrupted: they have to say how to continue.
     let ends_itself = matches!(command, DataCommand::Load(_) | DataCommand::Watch(_));
     let interrupt = if ends_itself {
@@ -93,6 +94,8 @@ pub async fn run(command: DataCommand, root: clap::Command, mut io: Io) -> Exit 
         (ended, _) => ended,
     };
     match ended {
+        // Whoever reads a list may stop early.
+        Err(Failure::PipeClosed) if is_list => Exit::Ok,
         Ok(exit) => exit,
         Err(failure) => {
             // Where standard error is gone there is nobody left to tell.

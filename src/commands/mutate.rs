@@ -5,7 +5,7 @@ use crate::data::{parse_path, read_value};
 use crate::exit::{Exit, Failure};
 use crate::io::Io;
 use crate::output::{DotJson, Format, RevisionJson, base64, json, show_time, table};
-use crate::write::{WriteOptions, parse_context};
+use crate::write::{WriteOptions, parse_context, some_context};
 use bytes::Bytes;
 use serde::Serialize;
 use std::io::Write;
@@ -46,10 +46,10 @@ pub(crate) async fn mutate(args: &Mutate, io: &mut Io) -> Result<Exit, Failure> 
     let mutate = writing.keys.mutate(key, operations).request_id(writing.id);
     let mut mutate = mutate.ack_regions(args.write.ack_regions);
     if let Some(context) = &args.context_token {
-        mutate = mutate.context(parse_context(context)?);
+        mutate = mutate.context(some_context(parse_context(context)?)?);
     }
-    let mutated = writing.finish(mutate).await?;
-    print(&mutated, args.connection.format(io), io)
+    let format = args.connection.format(io);
+    writing.finish(mutate, io, |mutated, io| print(mutated, format, io)).await
 }
 
 /// Adds one operation of the command line; `read` gives the bytes of its value.

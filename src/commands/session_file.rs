@@ -1,7 +1,9 @@
 //! A session between commands: the token in a file.
 
-use crate::exit::Failure;
+use crate::exit::{Exit, Failure};
+use crate::io::Io;
 use crate::output::{base64, unbase64};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use tombolo_client::{Conflicts, Keyspace, Session};
 
@@ -23,7 +25,17 @@ pub(crate) struct KeptSession {
 }
 
 impl SessionOptions {
+    /// The session, if its file can be written: what comes after may not be repeatable.
     pub(crate) fn open(&self) -> Result<KeptSession, Failure> {
+        let session = self.read()?;
+        if let Some(path) = &self.session_file {
+            probe_file(path)?;
+        }
+        Ok(session)
+    }
+
+    /// The session, for a command that does not keep it.
+    pub(crate) fn read(&self) -> Result<KeptSession, Failure> {
         let token = match (&self.session_file, &self.token) {
             (Some(path), _) => match std::fs::read_to_string(path) {
                 Ok(text) => Some(parse(&text, &path.display().to_string())?),
@@ -44,6 +56,11 @@ fn parse(text: &str, place: &str) -> Result<Session, Failure> {
 }
 
 impl KeptSession {
+    /// Whether there is nothing that the session could ask for.
+    pub(crate) fn has_seen_nothing(&self) -> bool {
+        self.session.as_ref().is_none_or(|session| session.token().is_empty())
+    }
+
     pub(crate) fn enter(&self, keys: Keyspace) -> Keyspace {
         match &self.session {
             Some(session) => keys.with_session(session),
@@ -64,13 +81,37 @@ impl KeptSession {
         replace_file(path, format!("{}\n", base64(&session.token())).as_bytes())
             .map_err(|error| Failure::Other(format!("{}: {error}", path.display())))
     }
+
+    /// Ends a write that stands: what was said of it comes first, also where the session cannot be kept.
+    pub(crate) fn end(&self, said: Result<Exit, Failure>, io: &mut Io) -> Result<Exit, Failure> {
+        match (said, self.keep()) {
+            (said, Ok(())) => said,
+            (Ok(_), Err(error)) => Err(Failure::NotKept(error.to_string())),
+            (Err(failure), Err(error)) => {
+                writeln!(io.err, "the session was not kept: {error}")?;
+                Err(failure)
+            }
+        }
+    }
+}
+
+/// Whether [`replace_file`] could replace the file.
+pub(crate) fn probe_file(path: &Path) -> Result<(), Failure> {
+    let temporary = temporary_of(path);
+    std::fs::write(&temporary, b"")
+        .and_then(|()| std::fs::remove_file(&temporary))
+        .map_err(|error| Failure::Other(format!("{} cannot be written: {error}", path.display())))
 }
 
 /// Replaces a small file so that a reader, or a crash, sees the old or the new one.
 pub(crate) fn replace_file(path: &Path, content: &[u8]) -> std::io::Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!(".{}.tmp", std::process::id()));
-    let temporary = path.with_file_name(name);
+    let temporary = temporary_of(path);
     std::fs::write(&temporary, content)?;
     std::fs::rename(&temporary, path)
+}
+
+fn temporary_of(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}.tmp", std::process::id()));
+    path.with_file_name(name)
 }

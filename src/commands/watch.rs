@@ -6,21 +6,22 @@
 use crate::connection::Connection;
 use crate::exit::{Exit, Failure};
 use crate::io::Io;
+use crate::lines::escape;
 use crate::output::{
     DotJson, Format, KeyEncoding, KeyJson, VersionJson, base64, json, show_time, show_value,
     show_version, unbase64, versions_json,
 };
-use crate::session_file::replace_file;
+use crate::session_file::{probe_file, replace_file};
 use bytes::Bytes;
 use futures::StreamExt;
 use serde::Serialize;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tokio::time::Instant;
+use tokio::signal::unix::{SignalKind, signal};
 use tombolo_client::{
-    Change, Concurrent, Dot, Entry, Keyspace, Previous, ResetReason, WatchEvent, WatchStream,
-    Watched, proto,
+    Change, Concurrent, Dot, Entry, Error, Keyspace, Previous, ResetReason, WatchEvent,
+    WatchStream, Watched, proto,
 };
 
 /// How often the token file is written.
@@ -82,26 +83,40 @@ pub struct Watch {
 pub(crate) async fn watch(args: &Watch, io: &mut Io) -> Result<Exit, Failure> {
     let token = args.token()?;
     let (_client, keys) = args.connection.connect(io, None).await?;
-    let stream = args.open(&keys, token)?;
+    let stream = args.open(&keys, token.clone())?;
     let mut interrupt = std::mem::replace(&mut io.interrupt, Box::pin(std::future::pending()));
     let mut follower = Follower {
         args,
         format: args.connection.format(io),
         stream,
         left: args.limit,
-        kept: Instant::now(),
+        kept: token.clone().unwrap_or_default(),
     };
     let ended = tokio::select! {
         ended = follower.run(io) => ended,
         () = &mut interrupt => Err(Failure::Interrupted(String::new())),
+        () = terminated() => Err(Failure::Interrupted(String::new())),
     };
+    // A token whose lines nobody read is not one to go on from.
     io.out.flush()?;
-    let token = follower.stream.token();
-    if !token.is_empty() {
-        follower.keep(token)?;
-        writeln!(io.err, "resume token: {}", base64(token))?;
+    let is_refused = matches!(ended, Err(Failure::Remote(Error::Invalid { .. })));
+    let reached = follower.stream.token();
+    if reached.is_empty() || (is_refused && token.as_ref() == Some(reached)) {
+        return ended;
     }
+    writeln!(io.err, "resume token: {}", base64(reached))?;
+    follower.keep(reached)?;
     ended
+}
+
+/// Resolves when the system asks the process to end.
+async fn terminated() {
+    match signal(SignalKind::terminate()) {
+        Ok(mut asked) => {
+            asked.recv().await;
+        }
+        Err(_) => std::future::pending().await,
+    }
 }
 
 impl Watch {
@@ -112,6 +127,9 @@ impl Watch {
                 .map(Some)
                 .map_err(|error| Failure::Usage(format!("{place}: not a resume token: {error}")))
         };
+        if let Some(path) = &self.token_file {
+            probe_file(path)?;
+        }
         match (&self.from_token, &self.token_file) {
             (Some(text), _) => parse(text, "--from-token"),
             (None, Some(path)) => match std::fs::read_to_string(path) {
@@ -165,24 +183,29 @@ struct Follower<'a> {
     stream: WatchStream,
     /// Lines still to print; 0 without a limit.
     left: u64,
-    /// When the token was kept last.
-    kept: Instant,
+    /// The token that was kept last.
+    kept: Bytes,
 }
 
 impl Follower<'_> {
     async fn run(&mut self, io: &mut Io) -> Result<Exit, Failure> {
-        while let Some(item) = self.stream.next().await {
+        let mut ticks = tokio::time::interval(KEEP_INTERVAL);
+        loop {
+            let item = tokio::select! {
+                item = self.stream.next() => item,
+                _ = ticks.tick() => {
+                    self.keep_new(io)?;
+                    continue;
+                }
+            };
+            let Some(item) = item else { return Ok(Exit::Ok) };
             let Watched { event, token } = item?;
             let is_shown = self.args.checkpoints || !matches!(event, WatchEvent::Checkpoint { .. });
             if is_shown {
                 self.print(&event, token.as_ref(), io)?;
             }
-            if let Some(token) = token {
+            if token.is_some() {
                 io.out.flush()?;
-                if self.kept.elapsed() >= KEEP_INTERVAL {
-                    self.keep(&token)?;
-                    self.kept = Instant::now();
-                }
             }
             if is_shown && self.left > 0 {
                 self.left -= 1;
@@ -191,7 +214,18 @@ impl Follower<'_> {
                 }
             }
         }
-        Ok(Exit::Ok)
+    }
+
+    /// Keeps the token if it is another than the one kept last.
+    fn keep_new(&mut self, io: &mut Io) -> Result<(), Failure> {
+        let token = self.stream.token().clone();
+        if token.is_empty() || token == self.kept {
+            return Ok(());
+        }
+        io.out.flush()?;
+        self.keep(&token)?;
+        self.kept = token;
+        Ok(())
     }
 
     fn keep(&self, token: &Bytes) -> Result<(), Failure> {
@@ -267,7 +301,8 @@ fn show(event: &WatchEvent, encoding: KeyEncoding) -> String {
 /// Which part of a typed value an event is about; empty where there are none.
 fn part(element: Option<&proto::Element>) -> String {
     let Some(element) = element else { return String::new() };
-    let mut part: String = element.field_path.iter().map(|name| format!("/{name}")).collect();
+    let mut part: String =
+        element.field_path.iter().map(|name| format!("/{}", escape(name.as_bytes()))).collect();
     match element.kind() {
         proto::ElementKind::Set => part += &format!(" {{{}}}", show_value(&element.member)),
         proto::ElementKind::Counter => part += &format!(" (share of {})", element.share_region),

@@ -2,7 +2,7 @@
 //! what is said when nobody knows whether it was applied.
 
 use crate::connection::Connection;
-use crate::exit::Failure;
+use crate::exit::{Exit, Failure};
 use crate::io::Io;
 use crate::output::unbase64;
 use crate::session_file::{KeptSession, SessionOptions};
@@ -40,26 +40,39 @@ impl WriteOptions {
 }
 
 impl Writing {
-    /// Waits for the answer. If the write stands, with or without its acknowledgements, the session is
-    /// kept.
+    /// Waits for the answer and prints it. If the write stands, with or without its acknowledgements,
+    /// the session is kept.
     pub(crate) async fn finish<T>(
         self,
         write: impl IntoFuture<Output = Result<T, Error>>,
-    ) -> Result<T, Failure> {
+        io: &mut Io,
+        print: impl FnOnce(&T, &mut Io) -> Result<Exit, Failure>,
+    ) -> Result<Exit, Failure> {
         let answer = write.await;
-        if matches!(answer, Ok(_) | Err(Error::Deadline { dot: Some(_), .. })) {
-            self.session.keep()?;
-        }
-        answer.map_err(|error| match error.outcome_unknown() {
-            true => Failure::OutcomeUnknown { error, id: self.id },
-            false => Failure::Remote(error),
-        })
+        let stands = matches!(answer, Ok(_) | Err(Error::Deadline { dot: Some(_), .. }));
+        let said = match answer {
+            Ok(answer) => print(&answer, io),
+            Err(error) if error.outcome_unknown() => {
+                Err(Failure::OutcomeUnknown { error, id: self.id })
+            }
+            Err(error) => Err(Failure::Remote(error)),
+        };
+        if stands { self.session.end(said, io) } else { said }
     }
 }
 
 /// Reads `--context-token`.
 pub(crate) fn parse_context(text: &str) -> Result<Bytes, Failure> {
     unbase64(text).map_err(|error| Failure::Usage(format!("--context-token: {error}")))
+}
+
+/// The context of a write: an empty one would replace whatever is there.
+pub(crate) fn some_context(context: Bytes) -> Result<Bytes, Failure> {
+    if context.is_empty() {
+        let text = "the context is empty; leave the flag out to replace whatever is there";
+        return Err(Failure::Usage(text.into()));
+    }
+    Ok(context)
 }
 
 /// Reads `--request-id`.

@@ -1026,3 +1026,66 @@ async fn conflicts_are_settled_with_what_was_shown_and_with_nothing_else() {
         assert!(parse(&bad).is_err(), "{bad}");
     }
 }
+
+#[tokio::test]
+async fn a_write_is_not_sent_where_its_session_cannot_be_kept() {
+    let region = Region::start(1).await;
+    let put = line("put k v --session-file /nonexistent/s").at(&region).await;
+    assert_eq!(put.exit, Exit::Other);
+    assert!(put.err.contains("/nonexistent/s cannot be written"), "{}", put.err);
+    assert_eq!(line("get k").at(&region).await.exit, Exit::Absent);
+}
+
+#[tokio::test]
+async fn an_empty_context_does_not_replace_whatever_is_there() {
+    let region = Region::start(1).await;
+    for command in ["put k v", "delete k", "mutate k add=1"] {
+        let refused = line(command).word("--context-token").word("").at(&region).await;
+        assert_eq!(refused.exit, Exit::Usage, "{command}");
+        assert!(refused.err.contains("the context is empty"), "{}", refused.err);
+    }
+    let option = line("commit --put k=v --context-token k=").at(&region).await;
+    let document = r#"{"writes":[{"key":"k","value":"v","context":""}]}"#;
+    let document = line("commit -").input(document).at(&region).await;
+    assert_eq!((option.exit, document.exit), (Exit::Usage, Exit::Usage));
+}
+
+#[tokio::test]
+async fn a_session_that_has_seen_nothing_is_not_safe() {
+    let region = Region::start(1).await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let missing = line("await-replication --session-file").word(dir.path().join("typo"));
+    let empty = line("await-replication --token").word("");
+    for command in [missing, empty] {
+        let refused = command.at(&region).await;
+        assert_eq!(refused.exit, Exit::Usage);
+        assert!(refused.err.contains("seen nothing"), "{}", refused.err);
+    }
+}
+
+#[tokio::test]
+async fn one_of_several_values_in_a_pipe_is_said_to_be_one() {
+    let region = Region::start(1).await;
+    region.put("default", "b", "2");
+    region.put_concurrent("default", "b", "3");
+    let got = line("get b").at(&region).await;
+    assert_eq!((got.exit, got.out.as_slice()), (Exit::Ok, &b"2"[..]));
+    assert!(got.err.contains("one of 2 concurrent values"), "{}", got.err);
+}
+
+#[tokio::test]
+async fn a_missing_part_is_not_a_missing_key() {
+    let region = Region::start(1).await;
+    let field = line("get ada --field nope").at(&region).await;
+    assert_eq!(field.err, "error: field nope of key ada is absent\n");
+    let element = line("get s --element zz").at(&region).await;
+    assert_eq!(element.err, "error: key s has no element zz\n");
+}
+
+#[test]
+fn a_ttl_is_for_values_only() {
+    for words in ["commit --mutate k=add=1 --ttl 5s", "commit --delete k --ttl 5s"] {
+        let words = std::iter::once("tombolo").chain(words.split(' '));
+        assert!(Cli::try_parse_from(words).is_err());
+    }
+}

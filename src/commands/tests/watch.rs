@@ -118,3 +118,11 @@ async fn a_watch_that_is_refused_says_why_and_where_to_go_on() {
     let ran = line("watch --from-token not*base64").at(&region).await;
     assert_eq!(ran.exit, Exit::Usage);
 }
+
+#[tokio::test]
+async fn a_token_file_that_cannot_be_written_is_said_before_watching() {
+    let region = Region::start(1).await;
+    let ran = line("watch --token-file /nonexistent/x").at(&region).await;
+    assert_eq!(ran.exit, Exit::Other);
+    assert!(ran.err.contains("/nonexistent/x cannot be written"), "{}", ran.err);
+}
