@@ -395,9 +395,9 @@ fn again(data_dir: &Path, mut kept: Shape, wanted: &Wanted) -> Result<Shape, Lay
     Ok(kept)
 }
 
-/// The shape of a fresh directory.
-fn first(wanted: &Wanted) -> Result<Shape, LayoutError> {
-    let mut shape = Shape {
+/// The shape of a fresh directory, its ports not yet looked for.
+fn asked(wanted: &Wanted) -> Result<Shape, LayoutError> {
+    let shape = Shape {
         cluster_id: format!("demo-{:06x}", rand::random::<u32>() >> 8),
         regions: wanted
             .regions
@@ -408,6 +408,22 @@ fn first(wanted: &Wanted) -> Result<Shape, LayoutError> {
         base_port: wanted.base_port.unwrap_or(FIRST_PORT),
     };
     check(&shape)?;
+    Ok(shape)
+}
+
+impl Wanted {
+    /// Whether any demo could be so, before there is a directory for it.
+    ///
+    /// # Errors
+    /// [`LayoutError::Invalid`].
+    pub fn check(&self) -> Result<(), LayoutError> {
+        asked(self).map(drop)
+    }
+}
+
+/// The shape of a fresh directory.
+fn first(wanted: &Wanted) -> Result<Shape, LayoutError> {
+    let mut shape = asked(wanted)?;
     if wanted.base_port.is_some() {
         return Ok(shape);
     }

@@ -51,6 +51,8 @@ use crate::place::{Place, Running, write_json};
 
 /// What the shell's convention gives for an end by Ctrl-C.
 const INTERRUPTED: u8 = 130;
+/// The exit code of a command line that makes no sense.
+const USAGE: u8 = 2;
 
 /// Start a multi-region cluster on this machine, or act on a running one.
 #[derive(Clone, Debug, Args)]
@@ -313,6 +315,17 @@ async fn start(
     args: &DemoArgs,
     out: &mut (dyn Write + Send),
 ) -> anyhow::Result<ExitCode> {
+    let wanted = Wanted {
+        regions: args.regions.clone(),
+        nodes: args.nodes,
+        shards: args.shards,
+        base_port: args.base_port,
+    };
+    // Before there is a directory that would be left behind.
+    if let Err(error) = wanted.check() {
+        writeln!(std::io::stderr(), "error: {error}")?;
+        return Ok(ExitCode::from(USAGE));
+    }
     // First of all, so that no signal finds half a demo.
     let mut signals = Signals::new()?;
     if let Some(path) = &args.ready_file {
@@ -329,12 +342,7 @@ async fn start(
         .with_context(|| format!("control socket {}", control_socket.display()))?;
     let config = DemoConfig {
         data_dir: data_path.clone(),
-        wanted: Wanted {
-            regions: args.regions.clone(),
-            nodes: args.nodes,
-            shards: args.shards,
-            base_port: args.base_port,
-        },
+        wanted,
         latencies: args.latency.clone(),
         program: environment.program,
     };
@@ -497,6 +505,20 @@ mod tests {
 
         let latency = parse("latency us eu 80ms").unwrap().verb.unwrap().request();
         assert_eq!(latency, Request::Latency { a: "us".into(), b: "eu".into(), round_trip_ms: 80 });
+    }
+
+    #[test]
+    fn a_demo_that_cannot_be_is_refused_before_there_is_a_directory() {
+        let region = |name: &str| Some(vec![name.to_owned(), name.to_owned()]);
+        for wanted in [
+            Wanted { nodes: Some(0), ..Wanted::default() },
+            Wanted { nodes: Some(10), ..Wanted::default() },
+            Wanted { shards: Some(0), ..Wanted::default() },
+            Wanted { regions: region("us"), ..Wanted::default() },
+        ] {
+            assert!(wanted.check().is_err(), "{wanted:?}");
+        }
+        assert!(Wanted::default().check().is_ok());
     }
 
     #[test]
