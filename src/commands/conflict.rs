@@ -39,7 +39,7 @@ Examples:
         /// Only what was noted since: a time (RFC 3339), or so long ago, as in 2h
         #[arg(long, value_name = "TIME", value_parser = parse_since, conflicts_with = "open")]
         since: Option<SystemTime>,
-        /// At most so many
+        /// At most so many; 0 means all
         #[arg(long, value_name = "N", default_value_t = 100)]
         limit: usize,
         /// Keys that hold several values, those that wait longest first
@@ -156,7 +156,7 @@ pub(crate) async fn conflict(command: &ConflictCommand, io: &mut Io) -> Result<E
     let (conflicts, format) = (client.conflicts(space.name()), connection.format(io));
     match command {
         ConflictCommand::List { key_prefix, limit, open: true, .. } => {
-            let list = conflicts.list_open(parse_prefix(key_prefix)?, *limit).await?;
+            let list = conflicts.list_open(parse_prefix(key_prefix)?, bound(*limit)).await?;
             print_open(&list.rows, format, keys, &mut io.out)?;
             finish(&list, *limit, io)
         }
@@ -166,7 +166,7 @@ pub(crate) async fn conflict(command: &ConflictCommand, io: &mut Io) -> Result<E
                 origin_region: origin.clone(),
                 since: *since,
             };
-            let list = conflicts.list(&filter, *limit).await?;
+            let list = conflicts.list(&filter, bound(*limit)).await?;
             print_conflicts(&list.rows, format, keys, &mut io.out)?;
             finish(&list, *limit, io)
         }
@@ -203,6 +203,11 @@ pub(crate) async fn conflict(command: &ConflictCommand, io: &mut Io) -> Result<E
             warn_unreachable(&stats.unreachable, io)
         }
     }
+}
+
+/// `--limit` as the client takes it.
+fn bound(limit: usize) -> usize {
+    if limit == 0 { usize::MAX } else { limit }
 }
 
 /// Says what a list does not show, on standard error.

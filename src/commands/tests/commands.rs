@@ -1089,3 +1089,27 @@ fn a_ttl_is_for_values_only() {
         assert!(Cli::try_parse_from(words).is_err());
     }
 }
+
+#[tokio::test]
+async fn what_makes_no_sense_to_the_server_ends_as_what_makes_none_here() {
+    let region = Region::start(1).await;
+    for (code, reason, exit) in [
+        (Code::InvalidArgument, "KEY_EMPTY", Exit::Usage),
+        (Code::FailedPrecondition, "SESSION_NOT_CAUGHT_UP", Exit::Unavailable),
+        (Code::FailedPrecondition, "NAMESPACE_EXISTS", Exit::CheckFailed),
+    ] {
+        region.fail(None, "get", Fault::Refuse(refusal(code, reason, &[])));
+        assert_eq!(line("get k").at(&region).await.exit, exit, "{reason}");
+    }
+}
+
+#[tokio::test]
+async fn a_reader_that_stops_early_is_no_error_of_a_list() {
+    let region = Region::start(1).await;
+    region.put("default", "k", "v");
+    for list in ["scan", "dump"] {
+        let ran = line(list).closed().at(&region).await;
+        assert_eq!((ran.exit, ran.err.as_str()), (Exit::Ok, ""), "{list}");
+    }
+    assert_eq!(line("get k").closed().at(&region).await.exit, Exit::Other);
+}

@@ -47,12 +47,26 @@ impl Write for Sink {
     }
 }
 
+/// Standard output whose reader is gone.
+struct Closed;
+
+impl Write for Closed {
+    fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+        Err(std::io::ErrorKind::BrokenPipe.into())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// A command line about to run.
 pub(crate) struct Line {
     words: Vec<String>,
     input: Vec<u8>,
     env: Vec<(String, String)>,
     tty: bool,
+    closed: bool,
     interrupt: BoxFuture<'static, ()>,
 }
 
@@ -63,6 +77,7 @@ pub(crate) fn line(line: &str) -> Line {
         input: Vec::new(),
         env: Vec::new(),
         tty: false,
+        closed: false,
         interrupt: Box::pin(std::future::pending()),
     }
 }
@@ -86,6 +101,12 @@ impl Line {
     /// As if standard output were a terminal.
     pub(crate) fn on_tty(mut self) -> Self {
         self.tty = true;
+        self
+    }
+
+    /// As if nobody read standard output any more.
+    pub(crate) fn closed(mut self) -> Self {
+        self.closed = true;
         self
     }
 
@@ -116,7 +137,7 @@ impl Line {
         let cli = Cli::try_parse_from(&self.words).expect("a valid command line");
         let (out, err) = (Sink::default(), Sink::default());
         let io = Io {
-            out: Box::new(out.clone()),
+            out: if self.closed { Box::new(Closed) } else { Box::new(out.clone()) },
             err: Box::new(err.clone()),
             input: Box::new(std::io::Cursor::new(self.input)),
             out_is_tty: self.tty,
