@@ -193,6 +193,17 @@ fn inactive<S: ShardState>(state: &S, actor: Actor) -> Option<Member> {
     (member != active).then_some(member)
 }
 
+/// Whether a region that has applied `frontier` knows all that it wrote. If not, records have seen writes of
+/// its own that it does not know, and would swallow its next one.
+fn knows_itself<S: ShardState>(
+    state: &S,
+    namespace: NamespaceId,
+    local: Actor,
+    frontier: &VersionVector,
+) -> bool {
+    frontier.get(local) >= state.ahead(namespace).get(local)
+}
+
 fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome, S::Error> {
     if let Some(member) = inactive(state, write.actor) {
         return Ok(Outcome::NotActive(member));
@@ -202,8 +213,7 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
         return Ok(answer);
     }
     let frontier = state.frontier(write.namespace);
-    if frontier.get(write.actor) < state.ahead(write.namespace).get(write.actor) {
-        // Records have seen writes of this region that it does not know: they would swallow this one.
+    if !knows_itself(state, write.namespace, write.actor, &frontier) {
         return Ok(Outcome::OwnChangeUnknown);
     }
     if let Some(needed) = context_ahead(state, write, &frontier)? {
@@ -250,8 +260,10 @@ fn execute_write<S: ShardState>(state: &mut S, write: &Write) -> Result<Outcome,
     for result in results.iter_mut().skip(write.operations.len()) {
         result.context.clone_from(&applied);
     }
-    let answer = Answer::Written { first, results: results.clone() };
-    remember(state, request, write.time, answer);
+    if request.is_some() {
+        let answer = Answer::Written { first, results: results.clone() };
+        remember(state, request, write.time, answer);
+    }
     Ok(Outcome::Written(results))
 }
 
@@ -305,7 +317,7 @@ fn execute_expire<S: ShardState>(state: &mut S, expire: &Expire) -> Result<Outco
         return Ok(Outcome::NotActive(member));
     }
     let frontier = state.frontier(expire.namespace);
-    if frontier.get(expire.actor) < state.ahead(expire.namespace).get(expire.actor) {
+    if !knows_itself(state, expire.namespace, expire.actor, &frontier) {
         return Ok(Outcome::OwnChangeUnknown);
     }
     let place = Place { namespace: expire.namespace, rule: expire.rule, noted: expire.time };
@@ -335,7 +347,7 @@ fn execute_settle<S: ShardState>(state: &mut S, settle: &Settle) -> Result<Outco
         return Ok(Outcome::NotActive(member));
     }
     let frontier = state.frontier(settle.namespace);
-    if frontier.get(settle.actor) < state.ahead(settle.namespace).get(settle.actor) {
+    if !knows_itself(state, settle.namespace, settle.actor, &frontier) {
         return Ok(Outcome::OwnChangeUnknown);
     }
     let place = Place { namespace: settle.namespace, rule: settle.rule, noted: settle.time };
@@ -623,9 +635,9 @@ fn gives_way<S: ShardState>(
     let Ingest { namespace, rule, local, time, .. } = *ingest;
     let Some(Requested { id, fingerprint }) = change.request else { return Ok(false) };
     let frontier = state.frontier(namespace);
-    // One that does not know all it has written may not write; nor does it remember such requests.
-    let knows_itself = frontier.get(local) >= state.ahead(namespace).get(local);
-    if local.region < change.actor.region || inactive(state, local).is_some() || !knows_itself {
+    let may_write =
+        inactive(state, local).is_none() && knows_itself(state, namespace, local, &frontier);
+    if local.region < change.actor.region || !may_write {
         return Ok(false);
     }
     let Some(Remembered { executed, fingerprint: taken, answer }) = state.remembered(id)? else {
